@@ -1,0 +1,1892 @@
+# Copyright 2026 The flux-dino-tile authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Tiled FLUX.1 upscaling in which DINO patch features tell the transformer what each tile shows.
+
+All that inference needs is in this file, so that `custom_pipeline=` can load it: the tile plan and its windows, the
+projector, the attention processor and the pipeline. Sizes are in pixels unless a name says latents or tokens: with
+FLUX.1 a latent cell is 8 px and a token is 2x2 cells, 16 px.
+"""
+
+import itertools
+import json
+import math
+import numbers
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import PIL.Image
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline, FluxTransformer2DModel
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.image_processor import PipelineImageInput
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor, _get_qkv_projections
+from diffusers.pipelines.flux.pipeline_flux_img2img import calculate_shift, retrieve_latents, retrieve_timesteps
+from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
+from diffusers.utils import logging, replace_example_docstring
+from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors.torch import load_file
+from transformers import (
+    AutoModel,
+    CLIPImageProcessor,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
+    PreTrainedModel,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
+
+
+logger = logging.get_logger(__name__)  # pylint: disable=invalid-name
+
+# The loaders give this file other module names; `from_pretrained` looks up a saved projector's class by this one.
+MODULE_NAME = "pipeline_flux_dino_tile"
+sys.modules[MODULE_NAME] = sys.modules[__name__]
+
+# A planned tile has 0.8 to 1.3 MP at 16 px a token: less starves FLUX of context, above 1.5 MP it draws grids.
+MIN_TILE_TOKENS = 3125
+MAX_TILE_TOKENS = 5078
+DEFAULT_TILE_TOKENS = 64  # on a side: 1024 px, the size that FLUX was trained on
+MAX_TILE_ASPECT = 2.0
+DEFAULT_TILE_OVERLAP = 64
+DEFAULT_UPSCALE_FACTOR = 4.0
+
+DINO_MODEL_TYPES = ("dinov2", "dinov2_with_registers", "dinov3_vit")
+PROMPT_EMBEDS_NAME = "prompt_embeds.safetensors"
+
+# Backends that add a float mask of shape (B, 1, 1, S) to the logits; the others refuse a mask.
+MASK_BACKENDS = (
+    AttentionBackendName.NATIVE,
+    AttentionBackendName._NATIVE_CUDNN,
+    AttentionBackendName._NATIVE_EFFICIENT,
+    AttentionBackendName._NATIVE_MATH,
+    AttentionBackendName.FLEX,
+    AttentionBackendName.XFORMERS,
+)
+
+EXAMPLE_DOC_STRING = """
+    Examples:
+        ```py
+        >>> import torch
+        >>> from diffusers import DiffusionPipeline
+        >>> from diffusers.utils import load_image
+
+        >>> pipe = DiffusionPipeline.from_pretrained(
+        ...     "black-forest-labs/FLUX.1-schnell",
+        ...     custom_pipeline="<user>/flux-dino-tile",
+        ...     trust_remote_code=True,
+        ...     torch_dtype=torch.bfloat16,
+        ... ).to("cuda")
+        >>> pipe.load_dino_projector("<user>/flux-dino-tile")
+        >>> small = load_image("photo.jpg")
+        >>> image = pipe(image=small, upscale_factor=4, dino_conditioning_scale=0.6).images[0]
+        >>> image.save("photo_x4.png")
+        ```
+"""
+
+
+# ---- Argument checks -----------------------------------------------------------------------------------------------
+
+
+def check_number(name: str, value: Any, low: float, high: float, remedy: str) -> None:
+    """Raises a `ValueError` that names the argument unless `value` is a real number with `low <= value <= high`."""
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high:
+        raise ValueError(f"`{name}` must be a number from {low:g} to {high:g} but is {value!r}. {remedy}")
+
+
+def check_integer(name: str, value: Any, low: int, remedy: str) -> None:
+    """Raises a `ValueError` that names the argument unless `value` is a whole number of at least `low`."""
+    is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not is_integer or value < low:
+        raise ValueError(f"`{name}` must be a whole number of at least {low} but is {value!r}. {remedy}")
+
+
+def check_choice(name: str, value: Any, choices: Sequence) -> None:
+    """Raises a `ValueError` that names the argument unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))} but is {value!r}.")
+
+
+def check_embeds(name: str, embeds: Any, shape: Sequence[int | None], meaning: str) -> None:
+    """Raises a `ValueError` unless `embeds` is a finite tensor of `shape`, in which `None` stands for any length."""
+    is_tensor = isinstance(embeds, torch.Tensor)
+    if not is_tensor or embeds.ndim != len(shape) or any(w not in (None, g) for w, g in zip(shape, embeds.shape)):
+        wanted = "(" + ", ".join("any" if length is None else str(length) for length in shape) + ")"
+        found = f"has shape {tuple(embeds.shape)}" if is_tensor else f"is a {type(embeds).__name__}"
+        raise ValueError(f"`{name}` must be a tensor of shape {wanted}, {meaning}, but {found}.")
+    if not torch.isfinite(embeds).all():
+        raise ValueError(f"`{name}` holds NaN or infinite values. Compute it again, in float32 if it overflowed.")
+
+
+# ---- Tiles ---------------------------------------------------------------------------------------------------------
+
+
+class Tile(NamedTuple):
+    """A tile's place on the padded canvas, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+    def slices(self, pixels_per_cell: int = 1) -> tuple:
+        """Index of the tile in a `(..., height, width)` tensor with one cell for `pixels_per_cell` pixels."""
+        top, left, height, width = (length // pixels_per_cell for length in self)
+        return (..., slice(top, top + height), slice(left, left + width))
+
+
+@dataclass(frozen=True)
+class TilePlan(Sequence):
+    """
+    A grid of equal tiles that covers a canvas; as a sequence, its tiles row by row.
+
+    Args:
+        height (`int`): Height of the canvas in pixels, padded to whole tokens.
+        width (`int`): Width of the canvas in pixels, padded to whole tokens.
+        tile_height (`int`): Height of every tile in pixels.
+        tile_width (`int`): Width of every tile in pixels.
+        tops (`tuple[int, ...]`): First pixel row of each row of tiles.
+        lefts (`tuple[int, ...]`): First pixel column of each column of tiles.
+        pixels_per_token (`int`): Side of a transformer token in pixels, 16 for FLUX.1.
+    """
+
+    height: int
+    width: int
+    tile_height: int
+    tile_width: int
+    tops: tuple[int, ...]
+    lefts: tuple[int, ...]
+    pixels_per_token: int
+
+    def __len__(self) -> int:
+        return len(self.tops) * len(self.lefts)
+
+    def __getitem__(self, index):
+        return self.tiles[index]
+
+    @property
+    def tiles(self) -> list[Tile]:
+        return [Tile(top, left, self.tile_height, self.tile_width) for top in self.tops for left in self.lefts]
+
+    @property
+    def tokens_per_tile(self) -> int:
+        return (self.tile_height // self.pixels_per_token) * (self.tile_width // self.pixels_per_token)
+
+    def windows(self, pixels_per_cell: int = 1) -> list[torch.Tensor]:
+        """Blending weights `(rows, columns)` of each tile; at every cell of the canvas they sum to one."""
+        rows = axis_windows([top // pixels_per_cell for top in self.tops], self.tile_height // pixels_per_cell)
+        columns = axis_windows([left // pixels_per_cell for left in self.lefts], self.tile_width // pixels_per_cell)
+        return [row[:, None] * column[None, :] for row in rows for column in columns]
+
+
+def tile_starts(length: int, size: int, overlap: int) -> list[int]:
+    """Starts of the fewest tiles that cover `[0, length)`, evenly spread, neighbours sharing at least `overlap`."""
+    if size >= length:
+        return [0]
+    count = math.ceil((length - overlap) / (size - overlap))
+    span = length - size
+    return [(2 * index * span + count - 1) // (2 * (count - 1)) for index in range(count)]
+
+
+def axis_windows(starts: Sequence[int], size: int) -> torch.Tensor:
+    """
+    Blending weights along one axis.
+
+    A tile hands over to its neighbour in a raised cosine as wide as their overlap. (The usual Gaussian hands over
+    within a few cells however wide the overlap is.) Where more than two tiles meet, the weights are normalised.
+
+    Args:
+        starts (`Sequence[int]`): First cell of each tile, ascending, without gaps.
+        size (`int`): Cells of a tile.
+
+    Returns:
+        `torch.Tensor` of shape `(len(starts), size)`: positive weights that sum to one at every covered cell.
+    """
+    windows = torch.ones(len(starts), size, dtype=torch.float64)
+    for index, (start, next_start) in enumerate(itertools.pairwise(starts)):
+        overlap = start + size - next_start
+        ramp = torch.sin(torch.pi / 2 * (torch.arange(overlap, dtype=torch.float64) + 0.5) / overlap) ** 2
+        windows[index, size - overlap :] *= ramp.flip(0)
+        windows[index + 1, :overlap] *= ramp
+    total = torch.zeros(starts[-1] + size, dtype=torch.float64)
+    for start, window in zip(starts, windows):
+        total[start : start + size] += window
+    return torch.stack([window / total[start : start + size] for start, window in zip(starts, windows)]).float()
+
+
+def transformer_cost(num_tokens: int, inner_dim: int) -> int:
+    """Work of one transformer call on `num_tokens`, up to a constant: linear layers plus attention."""
+    return num_tokens * (6 * inner_dim + num_tokens)
+
+
+def transformer_flops(num_tokens: int, inner_dim: int = 3072, num_layers: int = 57) -> float:
+    """
+    Floating-point operations of one FLUX forward pass for one tile.
+
+    A block's linear layers hold `12 * inner_dim**2` weights for a token, in double and single blocks alike, and
+    attention does `4 * num_tokens * inner_dim` operations for a token; a multiply-add counts as two.
+
+    Args:
+        num_tokens (`int`): Image, text and DINO tokens together.
+        inner_dim (`int`, defaults to 3072): Heads times head dimension.
+        num_layers (`int`, defaults to 57): Double plus single blocks.
+    """
+    return 4.0 * inner_dim * num_layers * transformer_cost(num_tokens, inner_dim)
+
+
+def choose_tile_size(height: int, width: int, overlap: int, extra_tokens: int, inner_dim: int) -> tuple[int, int]:
+    """
+    The tile size that covers the canvas with the least transformer work, all lengths in tokens.
+
+    Tiles of `MIN_TILE_TOKENS` to `MAX_TILE_TOKENS` and the fixed size of 64 x 64 compete. A canvas too narrow for
+    them gets the largest tiles that it can hold.
+    """
+
+    def sides(length: int) -> range:
+        longest = int(math.sqrt(MAX_TILE_TOKENS * MAX_TILE_ASPECT))
+        shortest = int(math.sqrt(MIN_TILE_TOKENS / MAX_TILE_ASPECT))
+        return range(min(length, shortest), min(length, longest) + 1)
+
+    def is_square_enough(rows: int, columns: int) -> bool:
+        # A canvas narrower than a tile forces the tile's shape.
+        return max(rows, columns) <= MAX_TILE_ASPECT * min(rows, columns) or rows == height or columns == width
+
+    def work(size: tuple[int, int]) -> int:
+        count = len(tile_starts(height, size[0], overlap)) * len(tile_starts(width, size[1], overlap))
+        return count * transformer_cost(size[0] * size[1] + extra_tokens, inner_dim)
+
+    sizes = [
+        (rows, columns)
+        for rows in sides(height)
+        for columns in sides(width)
+        if rows * columns <= MAX_TILE_TOKENS and is_square_enough(rows, columns)
+    ]
+    enough = min(MIN_TILE_TOKENS, max(rows * columns for rows, columns in sizes))
+    sizes = [(rows, columns) for rows, columns in sizes if rows * columns >= enough]
+    sizes.append((min(DEFAULT_TILE_TOKENS, height), min(DEFAULT_TILE_TOKENS, width)))
+    sizes = [
+        (rows, columns)
+        for rows, columns in sizes
+        if (rows == height or rows > overlap) and (columns == width or columns > overlap)
+    ]
+    if not sizes:
+        raise ValueError(f"`tile_overlap` of {overlap} tokens leaves no tile size. Lower it or pass `tile_size`.")
+    return min(sizes, key=work)
+
+
+def plan_tiles(
+    height: int,
+    width: int,
+    tile_size: int | tuple[int, int] | None = None,
+    tile_overlap: int = DEFAULT_TILE_OVERLAP,
+    pixels_per_token: int = 16,
+    extra_tokens: int = 768,
+    inner_dim: int = 3072,
+) -> TilePlan:
+    """
+    Plans equal, evenly spread tiles whose borders lie on the token grid.
+
+    Args:
+        height (`int`): Height of the output in pixels.
+        width (`int`): Width of the output in pixels.
+        tile_size (`int` or `tuple[int, int]`, *optional*):
+            Side, or height and width, of a tile in pixels, a multiple of `pixels_per_token`. A canvas smaller than
+            that is one tile. When `None`, the size that costs the least transformer work for this output.
+        tile_overlap (`int`, defaults to 64): The least overlap of neighbours in pixels, rounded up to whole tokens.
+        pixels_per_token (`int`, defaults to 16): Side of a transformer token in pixels.
+        extra_tokens (`int`, defaults to 768): Text and DINO tokens that every tile carries, for the cost.
+        inner_dim (`int`, defaults to 3072): Heads times head dimension of the transformer, for the cost.
+
+    Returns:
+        [`TilePlan`]: The tiles, on a canvas padded to whole tokens.
+
+    Raises:
+        `ValueError`: If a size is not positive, `tile_size` is off the grid, or the overlap fills a tile.
+    """
+    for name, length in (("height", height), ("width", width)):
+        check_integer(name, length, 1, "Pass the size of the output in pixels.")
+    check_integer("tile_overlap", tile_overlap, 0, "Pass the least overlap of two tiles in pixels.")
+    rows, columns = math.ceil(height / pixels_per_token), math.ceil(width / pixels_per_token)
+    overlap = math.ceil(tile_overlap / pixels_per_token)
+
+    if tile_size is None:
+        tile_rows, tile_columns = choose_tile_size(rows, columns, overlap, extra_tokens, inner_dim)
+    else:
+        sides = tile_size if isinstance(tile_size, (tuple, list)) else (tile_size, tile_size)
+        if len(sides) != 2:
+            raise ValueError(f"`tile_size` must be an integer or (height, width) in pixels but is {tile_size!r}.")
+        for side in sides:
+            check_integer("tile_size", side, pixels_per_token, f"Pass pixels, a multiple of {pixels_per_token}.")
+            if side % pixels_per_token:
+                nearest = round(side / pixels_per_token) * pixels_per_token
+                raise ValueError(
+                    f"`tile_size` must be a multiple of {pixels_per_token} px but is {side}. Pass {nearest}."
+                )
+        tile_rows, tile_columns = (
+            min(side // pixels_per_token, length) for side, length in zip(sides, (rows, columns))
+        )
+    for length, size in ((rows, tile_rows), (columns, tile_columns)):
+        if overlap >= size < length:
+            raise ValueError(
+                f"`tile_overlap` must be smaller than the tile of {size * pixels_per_token} px but is {tile_overlap}."
+                " Lower it or pass a larger `tile_size`."
+            )
+
+    tops = tile_starts(rows, tile_rows, overlap)
+    lefts = tile_starts(columns, tile_columns, overlap)
+    return TilePlan(
+        height=rows * pixels_per_token,
+        width=columns * pixels_per_token,
+        tile_height=tile_rows * pixels_per_token,
+        tile_width=tile_columns * pixels_per_token,
+        tops=tuple(top * pixels_per_token for top in tops),
+        lefts=tuple(left * pixels_per_token for left in lefts),
+        pixels_per_token=pixels_per_token,
+    )
+
+
+def crop_tiles(canvas: torch.Tensor, plan: TilePlan, pixels_per_cell: int) -> torch.Tensor:
+    """Cuts a `(batch, channels, rows, columns)` canvas into `(num_tiles, batch, channels, rows, columns)`."""
+    return torch.stack([canvas[tile.slices(pixels_per_cell)] for tile in plan])
+
+
+def blend_tiles(tiles: Sequence[torch.Tensor] | torch.Tensor, plan: TilePlan, pixels_per_cell: int) -> torch.Tensor:
+    """Adds up windowed `(batch, channels, rows, columns)` tiles in float32; undoes [`crop_tiles`]."""
+    first = tiles[0]
+    size = (plan.height // pixels_per_cell, plan.width // pixels_per_cell)
+    canvas = torch.zeros(*first.shape[:2], *size, device=first.device, dtype=torch.float32)
+    for tile, values, window in zip(plan, tiles, plan.windows(pixels_per_cell)):
+        canvas[tile.slices(pixels_per_cell)] += values.float() * window.to(first.device)
+    return canvas
+
+
+# ---- Colour --------------------------------------------------------------------------------------------------------
+
+
+def low_frequencies(image: torch.Tensor, levels: int = 5) -> torch.Tensor:
+    """
+    The part of a `(batch, channels, height, width)` image that an a-trous wavelet transform leaves after `levels`.
+
+    Each level blurs with (1, 2, 1)/4 along both axes at twice the spacing of the last, as in StableSR's
+    `wavelet_reconstruction`.
+    """
+    channels = image.shape[1]
+    kernel = torch.tensor([0.25, 0.5, 0.25], dtype=image.dtype, device=image.device)
+    for level in range(levels):
+        spacing = 2**level
+        for shape, pad in (((1, 1, 1, 3), (spacing, spacing, 0, 0)), ((1, 1, 3, 1), (0, 0, spacing, spacing))):
+            weight = kernel.view(shape).expand(channels, 1, *shape[2:])
+            image = F.conv2d(F.pad(image, pad, mode="replicate"), weight, dilation=spacing, groups=channels)
+    return image
+
+
+def match_color(image: torch.Tensor, reference: torch.Tensor, method: str) -> torch.Tensor:
+    """
+    Gives `image` the colours of `reference`, both `(batch, channels, height, width)`.
+
+    Args:
+        method (`str`):
+            "wavelet" takes the low frequencies from `reference` and keeps the detail of `image`; "adain" matches
+            each channel's mean and standard deviation (adaptive instance normalisation, arXiv 1703.06868).
+    """
+    if method == "wavelet":
+        return image - low_frequencies(image) + low_frequencies(reference)
+    mean, std = image.mean((2, 3), keepdim=True), image.std((2, 3), keepdim=True)
+    reference_mean, reference_std = reference.mean((2, 3), keepdim=True), reference.std((2, 3), keepdim=True)
+    return (image - mean) / (std + 1e-5) * reference_std + reference_mean
+
+
+# ---- DINO features to tokens ---------------------------------------------------------------------------------------
+
+
+class DinoProjector(ModelMixin, ConfigMixin):
+    r"""
+    Projects a grid of DINO patch features to tokens of the FLUX text stream.
+
+    LayerNorm, Linear, SiLU, Linear, and a gain for each output channel. It is the form of
+    [`~pipelines.flux.modeling_flux.ReduxImageEncoder`] with a norm before and a gain after.
+
+    The config records all that inference has to know about how the projector was trained.
+
+    Args:
+        in_dim (`int`, defaults to 768):
+            Features of a patch: the encoder's hidden size times the number of `layers`.
+        out_dim (`int`, defaults to 4096):
+            `joint_attention_dim` of the transformer.
+        hidden_dim (`int`, defaults to 4096):
+            Width of the hidden layer.
+        token_grid (`int`, defaults to 16):
+            Rows and columns of tokens that the patches of a tile are averaged to; 16 gives 256 tokens a tile. A tile
+            with fewer patches keeps its own grid.
+        layers (`list[int]`, defaults to `[-1]`):
+            Hidden states of the encoder that are concatenated, each after the encoder's final norm.
+        position_mode (`str`, defaults to `"zero"`):
+            Rotary position of the tokens: "zero" as text tokens, or "tile" for the row and column of the place in the
+            tile that a token describes.
+        dino_model (`str`, *optional*, defaults to `"facebook/dinov2-with-registers-base"`):
+            Repo or folder of the encoder. `None` stands for the subfolder `dino_encoder` beside the projector.
+        image_mean (`list[float]`, defaults to ImageNet's):
+            Mean of the red, green and blue values in [0, 1] that the encoder expects.
+        image_std (`list[float]`, defaults to ImageNet's):
+            Their standard deviation.
+        sigma_min (`float`, *optional*):
+            The least noise level of the training.
+        sigma_max (`float`, *optional*):
+            The greatest noise level of the training.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        in_dim: int = 768,
+        out_dim: int = 4096,
+        hidden_dim: int = 4096,
+        token_grid: int = 16,
+        layers: list[int] = [-1],
+        position_mode: str = "zero",
+        dino_model: str | None = "facebook/dinov2-with-registers-base",
+        image_mean: list[float] = [0.485, 0.456, 0.406],
+        image_std: list[float] = [0.229, 0.224, 0.225],
+        sigma_min: float | None = None,
+        sigma_max: float | None = None,
+    ):
+        super().__init__()
+        check_integer("token_grid", token_grid, 1, "It is the number of token rows and columns of a tile.")
+        check_choice("position_mode", position_mode, ("zero", "tile"))
+        self.norm = torch.nn.LayerNorm(in_dim)
+        self.linear_1 = torch.nn.Linear(in_dim, hidden_dim)
+        self.act = torch.nn.SiLU()
+        self.linear_2 = torch.nn.Linear(hidden_dim, out_dim)
+        self.gain = torch.nn.Parameter(torch.ones(out_dim))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        r"""
+        Args:
+            features (`torch.Tensor` of shape `(..., in_dim)`): Features from [`~DinoProjector.pool`].
+
+        Returns:
+            `torch.Tensor` of shape `(..., out_dim)`: Tokens for `encoder_hidden_states`.
+        """
+        return self.linear_2(self.act(self.linear_1(self.norm(features)))) * self.gain
+
+    def pool(self, patches: torch.Tensor) -> torch.Tensor:
+        r"""
+        Averages patch features to the token grid.
+
+        Args:
+            patches (`torch.Tensor` of shape `(batch, rows, columns, in_dim)`): Features of every patch of a tile.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, grid_rows, grid_columns, in_dim)`.
+        """
+        rows, columns = (min(self.config.token_grid, length) for length in patches.shape[1:3])
+        return F.adaptive_avg_pool2d(patches.permute(0, 3, 1, 2), (rows, columns)).permute(0, 2, 3, 1)
+
+    def position_ids(self, grid: tuple[int, int], tile_tokens: tuple[int, int]) -> torch.Tensor:
+        r"""
+        Rotary positions of the tokens, to follow the text's in `txt_ids`.
+
+        Args:
+            grid (`tuple[int, int]`): Rows and columns of DINO tokens.
+            tile_tokens (`tuple[int, int]`): Rows and columns of image tokens of the tile.
+
+        Returns:
+            `torch.Tensor` of shape `(rows * columns, 3)` in float32: zeros, or `(0, row, column)` of the centre of
+            the described place, in image tokens.
+        """
+        ids = torch.zeros(*grid, 3)
+        if self.config.position_mode == "tile":
+            centers = [(torch.arange(cells) + 0.5) * tokens / cells - 0.5 for cells, tokens in zip(grid, tile_tokens)]
+            ids[..., 1] = centers[0][:, None]
+            ids[..., 2] = centers[1][None, :]
+        return ids.flatten(0, 1)
+
+
+DinoProjector.__module__ = MODULE_NAME
+
+
+class DinoTokens(NamedTuple):
+    """What the DINO branch adds to the text stream of every tile, and how strongly."""
+
+    tokens: torch.Tensor  # (num_tiles, batch, num_tokens, joint_attention_dim)
+    ids: torch.Tensor  # (num_tokens, 3)
+    scale: float
+
+
+class PromptBranch(NamedTuple):
+    """The conditioning of one transformer call: the positive or the negative side of true CFG."""
+
+    prompt_embeds: torch.Tensor  # (batch, num_tokens, joint_attention_dim)
+    pooled_prompt_embeds: torch.Tensor  # (batch, pooled_projection_dim)
+    text_ids: torch.Tensor  # (num_tokens, 3)
+    ip_adapter_embeds: list[torch.Tensor] | None  # one (batch, num_images, dim) for each adapter
+
+
+# ---- Attention with a strength for the DINO tokens -----------------------------------------------------------------
+
+
+def cudnn_attention_with_lse(query, key, value):
+    """Output and log-sum-exp `(batch, heads, tokens)` of cuDNN's attention of `(batch, heads, tokens, head_dim)`."""
+    # cuDNN through the aten op gives wrong results on strided inputs.
+    query, key, value = (x.contiguous() for x in (query, key, value))
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        query, key, value, None, compute_log_sumexp=True, dropout_p=0.0, is_causal=False, return_debug_mask=False
+    )
+    # torch >= 2.9 returns a trailing dimension of one.
+    return out, lse.reshape(out.shape[:-1])
+
+
+def flash_attention_with_lse(query, key, value):
+    """Flash attention on CUDA: output and log-sum-exp, shapes as in [`cudnn_attention_with_lse`]."""
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)
+    return out, lse
+
+
+def cpu_attention_with_lse(query, key, value):
+    """PyTorch's flash attention on the CPU: output and log-sum-exp, shapes as in [`cudnn_attention_with_lse`]."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)
+
+
+def select_lse_attention(backend: AttentionBackendName, device: torch.device, dtype: torch.dtype) -> Callable | None:
+    """The attention with log-sum-exp for a backend, device and dtype, or `None` if there is none."""
+    if device.type == "cpu" and backend == AttentionBackendName.NATIVE:
+        return cpu_attention_with_lse
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    if backend == AttentionBackendName._NATIVE_CUDNN:
+        return cudnn_attention_with_lse
+    if backend == AttentionBackendName._NATIVE_FLASH:
+        return flash_attention_with_lse
+    if backend == AttentionBackendName.NATIVE:
+        is_hopper = torch.cuda.get_device_capability(device) >= (9, 0)
+        return cudnn_attention_with_lse if is_hopper else flash_attention_with_lse
+    return None
+
+
+def merge_attention(out_rest, lse_rest, out_dino, lse_dino, log_scale):
+    """
+    Joins attention over two groups of keys as one softmax in which the logits of the second are raised by `log_scale`.
+
+    `o = lerp(o_rest, o_dino, sigmoid(lse_dino + log_scale - lse_rest))`: exact, and no mask is needed. The rule is
+    ring attention's (arXiv 2310.01889), with a bias that is constant over a group.
+
+    Args:
+        out_rest, out_dino (`torch.Tensor` of shape `(batch, heads, tokens, head_dim)`): The groups' outputs.
+        lse_rest, lse_dino (`torch.Tensor` of shape `(batch, heads, tokens)`): Natural log of their softmax sums.
+        log_scale (`torch.Tensor`): Bias that broadcasts to `lse_dino`.
+    """
+    weight = torch.sigmoid(lse_dino.float() + log_scale.float() - lse_rest.float()).unsqueeze(-1)
+    return torch.lerp(out_rest.float(), out_dino.float(), weight).to(out_rest.dtype)
+
+
+class FluxDinoAttnProcessor(FluxAttnProcessor):
+    r"""
+    Attention of FLUX in which the DINO keys weigh `scale` times as much as their logits say.
+
+    The strength arrives as `attention_mask`, an additive bias of shape `(batch or 1, 1, 1, tokens)` in the query's
+    dtype that is `log(scale)` on the DINO keys and 0 elsewhere, so that any other processor understands it too. Where
+    `lse_attention` is given, the DINO keys and the rest are attended separately, without a mask, at the speed of the
+    fastest kernel, and merged by their log-sum-exp. Otherwise the bias goes to the attention backend.
+
+    Scaling the tokens instead would not do: LayerNorm and QK-norm remove their magnitude.
+
+    Args:
+        dino_start (`int`, defaults to 0): Index of the first DINO key in the sequence `[text | DINO | image]`.
+        dino_end (`int`, defaults to 0): Index after the last DINO key.
+        lse_attention (`Callable`, *optional*): From [`select_lse_attention`]; it has no gradient for the bias.
+    """
+
+    def __init__(self, dino_start: int = 0, dino_end: int = 0, lse_attention: Any = None):
+        super().__init__()
+        self.dino_start = dino_start
+        self.dino_end = dino_end
+        self.lse_attention = lse_attention
+
+    def __call__(
+        self,
+        attn: FluxAttention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        # The kernels' log-sum-exp carries no gradient, so training takes the bias.
+        if attention_mask is None or self.lse_attention is None or torch.is_grad_enabled():
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+
+        query, key, value = self.project(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
+        out = self.attend(query, key, value, attention_mask[..., self.dino_start])
+        return self.project_out(attn, out.transpose(1, 2).flatten(2, 3), encoder_hidden_states)
+
+    def project(self, attn, hidden_states, encoder_hidden_states, image_rotary_emb):
+        """Normed and rotated query, key and value of shape `(batch, heads, tokens, head_dim)`, text stream first."""
+        query, key, value, *encoder_projections = _get_qkv_projections(attn, hidden_states, encoder_hidden_states)
+        query, key, value = (x.unflatten(-1, (-1, attn.head_dim)) for x in (query, key, value))
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        if attn.added_kv_proj_dim is not None:
+            text_query, text_key, text_value = (x.unflatten(-1, (-1, attn.head_dim)) for x in encoder_projections)
+            query = torch.cat([attn.norm_added_q(text_query), query], dim=1)
+            key = torch.cat([attn.norm_added_k(text_key), key], dim=1)
+            value = torch.cat([text_value, value], dim=1)
+        query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
+        key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
+        return (x.transpose(1, 2) for x in (query, key, value))
+
+    def attend(self, query, key, value, log_scale):
+        """Attention of `(batch, heads, tokens, head_dim)` tensors with `log_scale` added to the DINO logits."""
+        start, end = self.dino_start, self.dino_end
+        rest_key, rest_value = (torch.cat([x[:, :, :start], x[:, :, end:]], dim=2) for x in (key, value))
+        out_rest, lse_rest = self.lse_attention(query, rest_key, rest_value)
+        out_dino, lse_dino = self.lse_attention(query, key[:, :, start:end], value[:, :, start:end])
+        return merge_attention(out_rest, lse_rest, out_dino, lse_dino, log_scale)
+
+    def project_out(self, attn, hidden_states, encoder_hidden_states):
+        """Output projections of a double block, one for each stream; a single block projects outside."""
+        if encoder_hidden_states is None:
+            return hidden_states
+        num_text_tokens = encoder_hidden_states.shape[1]
+        text_states = attn.to_add_out(hidden_states[:, :num_text_tokens])
+        image_states = attn.to_out[0](hidden_states[:, num_text_tokens:])
+        return attn.to_out[1](image_states), text_states
+
+
+# ---- Pipeline ------------------------------------------------------------------------------------------------------
+
+
+class FluxDinoTilePipeline(FluxImg2ImgPipeline):
+    r"""
+    Enlarges images with FLUX.1 in overlapping tiles, each told by DINO features what it shows.
+
+    The image is resized, its latents are noised a little and denoised tile by tile; the tiles are blended in latent
+    space and decoded. Without a projector it is a plain tiled image-to-image pipeline, and with a single tile and
+    `strength` it equals [`FluxImg2ImgPipeline`], whose methods for saving, loading, LoRA, IP-Adapter and offloading it
+    inherits.
+
+    Args:
+        scheduler ([`FlowMatchEulerDiscreteScheduler`]):
+            A scheduler to be used in combination with `transformer` to denoise the latents.
+        vae ([`AutoencoderKL`]):
+            Variational auto-encoder to encode the image and decode the result.
+        text_encoder ([`CLIPTextModel`], *optional*):
+            CLIP text encoder; not needed with `prompt_embeds`, nor without a prompt if the projector's repo brings
+            the embeddings of the empty prompt.
+        tokenizer ([`CLIPTokenizer`], *optional*):
+            Tokenizer of `text_encoder`.
+        text_encoder_2 ([`T5EncoderModel`], *optional*):
+            T5 text encoder.
+        tokenizer_2 ([`T5TokenizerFast`], *optional*):
+            Tokenizer of `text_encoder_2`.
+        transformer ([`FluxTransformer2DModel`]):
+            Conditional transformer (FLUX.1-schnell, FLUX.1-dev or a model of their architecture).
+        image_encoder ([`CLIPVisionModelWithProjection`], *optional*):
+            Image encoder of an IP-Adapter.
+        feature_extractor ([`CLIPImageProcessor`], *optional*):
+            Image processor of an IP-Adapter.
+        dino_encoder ([`PreTrainedModel`], *optional*):
+            DINO backbone: `Dinov2Model`, `Dinov2WithRegistersModel` or `DINOv3ViTModel`.
+        dino_projector ([`DinoProjector`], *optional*):
+            Projector from the features of `dino_encoder` to the text stream of `transformer`.
+    """
+
+    model_cpu_offload_seq = (
+        "text_encoder->text_encoder_2->image_encoder->dino_encoder->dino_projector->transformer->vae"
+    )
+    _optional_components = [
+        "text_encoder",
+        "tokenizer",
+        "text_encoder_2",
+        "tokenizer_2",
+        "image_encoder",
+        "feature_extractor",
+        "dino_encoder",
+        "dino_projector",
+    ]
+
+    def __init__(
+        self,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel | None,
+        tokenizer: CLIPTokenizer | None,
+        text_encoder_2: T5EncoderModel | None,
+        tokenizer_2: T5TokenizerFast | None,
+        transformer: FluxTransformer2DModel,
+        image_encoder: CLIPVisionModelWithProjection | None = None,
+        feature_extractor: CLIPImageProcessor | None = None,
+        dino_encoder: PreTrainedModel | None = None,
+        dino_projector: DinoProjector | None = None,
+    ):
+        super().__init__(
+            scheduler=scheduler,
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            text_encoder_2=text_encoder_2,
+            tokenizer_2=tokenizer_2,
+            transformer=transformer,
+            image_encoder=image_encoder,
+            feature_extractor=feature_extractor,
+        )
+        self.register_modules(dino_encoder=dino_encoder, dino_projector=dino_projector)
+        self.default_prompt_embeds: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    # ---- Loading and saving ----------------------------------------------------------------------------------------
+
+    def load_dino_projector(
+        self,
+        pretrained_model_name_or_path: str | Path,
+        subfolder: str = "dino_projector",
+        revision: str | None = None,
+        token: str | bool | None = None,
+        dino_encoder: str | Path | PreTrainedModel | None = None,
+    ) -> None:
+        r"""
+        Loads a projector and the DINO encoder that it was trained with, from safetensors only and without remote code.
+
+        If the repo holds `prompt_embeds.safetensors` (tensors `prompt_embeds` of shape `(1, tokens, dim)` and
+        `pooled_prompt_embeds` of shape `(1, dim)`), calls without a prompt use it and need no text encoder.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `Path`):
+                Hub repo or local folder that holds `subfolder`, or a local folder of a projector itself.
+            subfolder (`str`, *optional*, defaults to `"dino_projector"`):
+                Folder of the projector in the repo.
+            revision (`str`, *optional*):
+                Branch, tag or commit of the repo.
+            token (`str` or `bool`, *optional*):
+                Hub token for a private repo.
+            dino_encoder (`str`, `Path` or `PreTrainedModel`, *optional*):
+                A DINO model, or its repo or folder, in place of the one that the projector's config names.
+
+        Raises:
+            `ValueError`: If the projector, the encoder and the transformer do not fit together.
+            `OSError`: If files are missing or are not safetensors.
+        """
+        source = str(pretrained_model_name_or_path)
+        is_projector_folder = (Path(source) / "config.json").is_file() and not (Path(source) / subfolder).is_dir()
+        projector = DinoProjector.from_pretrained(
+            source,
+            subfolder=None if is_projector_folder else subfolder,
+            revision=revision,
+            token=token,
+            use_safetensors=True,
+        )
+        encoder = dino_encoder
+        if not isinstance(encoder, PreTrainedModel):
+            name = projector.config.dino_model if encoder is None else str(encoder)
+            location = {}
+            if name is None:
+                name = str(Path(source).parent) if is_projector_folder else source
+                location = {"revision": revision, "subfolder": "dino_encoder"}
+            encoder = AutoModel.from_pretrained(
+                name, token=token, use_safetensors=True, trust_remote_code=False, **location
+            )
+        self.check_dino_components(encoder, projector)
+
+        device, dtype = self._execution_device, self.transformer.dtype
+        self.register_modules(
+            dino_encoder=encoder.to(dtype=dtype).eval(), dino_projector=projector.to(dtype=dtype).eval()
+        )
+        self.default_prompt_embeds = load_prompt_embeds(source, revision, token)
+        self._place_dino_components(device)
+
+    def unload_dino_projector(self) -> None:
+        r"""Removes the projector, the DINO encoder and the prompt embeddings that came with them."""
+        self.register_modules(dino_encoder=None, dino_projector=None)
+        self.default_prompt_embeds = None
+        # Model offload chains its hooks from component to component: chain them again without these two.
+        self.maybe_free_model_hooks()
+
+    def _place_dino_components(self, device: torch.device) -> None:
+        if getattr(self, "_all_hooks", []):
+            self.maybe_free_model_hooks()
+        else:
+            # Under sequential and group offload these two, small beside FLUX, stay on the execution device.
+            self.dino_encoder.to(device)
+            self.dino_projector.to(device)
+
+    def check_dino_components(self, dino_encoder: PreTrainedModel, dino_projector: DinoProjector) -> None:
+        r"""Raises a `ValueError` unless encoder, projector and transformer fit together."""
+        model_type = dino_encoder.config.model_type
+        if model_type not in DINO_MODEL_TYPES:
+            raise ValueError(f"`dino_encoder` must be one of {', '.join(DINO_MODEL_TYPES)} but is a {model_type!r}.")
+        num_features = dino_encoder.config.hidden_size * len(dino_projector.config.layers)
+        if num_features != dino_projector.config.in_dim:
+            raise ValueError(
+                f"`dino_encoder` gives {num_features} features a patch but `dino_projector` takes"
+                f" {dino_projector.config.in_dim}. Pass the encoder that the projector was trained with"
+                f" ({dino_projector.config.dino_model})."
+            )
+        joint_dim = self.transformer.config.joint_attention_dim
+        if dino_projector.config.out_dim != joint_dim:
+            raise ValueError(
+                f"`dino_projector` gives tokens of {dino_projector.config.out_dim} channels but the transformer takes"
+                f" {joint_dim}. Use a projector trained for this transformer."
+            )
+
+    @classmethod
+    def load_config(cls, *args, **kwargs):
+        r"""Loads `model_index.json`; this class itself needs none of the code that lies beside a saved pipeline."""
+        config = super().load_config(*args, **kwargs)
+        if isinstance(config, dict) and config.get("_class_name") == [MODULE_NAME, cls.__name__]:
+            config["_class_name"] = cls.__name__
+        return config
+
+    def to_json_string(self) -> str:
+        config = json.loads(super().to_json_string())
+        # With the module's name, `DiffusionPipeline.from_pretrained` finds the file that `save_config` puts there.
+        config["_class_name"] = [MODULE_NAME, type(self).__name__]
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+    def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs):
+        r"""Saves `model_index.json`, and this file beside it, so that the folder loads where nothing is installed."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        target = Path(save_directory) / f"{MODULE_NAME}.py"
+        if not (target.exists() and target.samefile(__file__)):
+            shutil.copyfile(__file__, target)
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    # ---- Checks and defaults ---------------------------------------------------------------------------------------
+
+    @property
+    def pixels_per_token(self) -> int:
+        r"""`int`: Side of a transformer token in pixels: a VAE cell times the 2x2 packing."""
+        return self.vae_scale_factor * 2
+
+    @property
+    def inner_dim(self) -> int:
+        r"""`int`: Heads times head dimension of the transformer."""
+        return self.transformer.config.num_attention_heads * self.transformer.config.attention_head_dim
+
+    def is_latent_image(self, image: PipelineImageInput) -> bool:
+        r"""Whether `image` holds latents, as the parent pipeline allows: a 4-D tensor with the VAE's channels."""
+        return isinstance(image, torch.Tensor) and image.ndim == 4 and image.shape[1] == self.latent_channels != 3
+
+    def check_image(self, image: PipelineImageInput) -> list:
+        r"""
+        Returns the images as a list; raises a `ValueError` unless they are of one kind and size, with 1 or 3 channels
+        (PIL images may have any mode) and finite values in [0, 1].
+        """
+        images = list(image) if isinstance(image, (list, tuple)) else [image]
+        kinds = (PIL.Image.Image, np.ndarray, torch.Tensor)
+        if not images or not any(all(isinstance(item, kind) for item in images) for kind in kinds):
+            names = sorted({type(item).__name__ for item in images}) or "an empty list"
+            raise ValueError(
+                f"`image` must be a PIL image, a NumPy array, a tensor, or a list of one of these, but is {names}."
+                " Open files with `diffusers.utils.load_image`."
+            )
+        if not isinstance(images[0], PIL.Image.Image):
+            images = [item for value in images for item in split_image_batch(value)]
+        sizes = {image_size(item) for item in images}
+        if len(sizes) != 1 or min(min(sizes)) < 1:
+            raise ValueError(
+                f"`image` must hold images of one size of at least 1 px but has (height, width) {sorted(sizes)}."
+                " Call once for each size."
+            )
+        return images
+
+    def get_output_size(
+        self,
+        image: PipelineImageInput,
+        height: int | None = None,
+        width: int | None = None,
+        upscale_factor: float | None = None,
+    ) -> tuple[int, int]:
+        r"""
+        The height and width of the result in pixels.
+
+        Raises:
+            `ValueError`: If `image`, `upscale_factor`, `height` or `width` is out of range, or if both an
+                `upscale_factor` and a size are given.
+        """
+        if upscale_factor is not None and (height is not None or width is not None):
+            raise ValueError(
+                f"Both `upscale_factor` ({upscale_factor}) and `height` ({height}) or `width` ({width}) are given."
+                " Pass one of the two."
+            )
+        if (height is None) ^ (width is None):
+            raise ValueError(
+                f"`height` ({height}) and `width` ({width}) go together. Pass both in pixels, or `upscale_factor`."
+            )
+        if self.is_latent_image(image):
+            return self._get_latent_image_size(image, height, width, upscale_factor)
+        if height is not None and width is not None:
+            for name, length in (("height", height), ("width", width)):
+                check_integer(name, length, 1, "Pass the size of the output in pixels.")
+            self.check_image(image)
+            return height, width
+        factor = DEFAULT_UPSCALE_FACTOR if upscale_factor is None else upscale_factor
+        check_number("upscale_factor", factor, 1, 8, "Upscale in several calls for more.")
+        image_height, image_width = image_size(self.check_image(image)[0])
+        return round(image_height * factor), round(image_width * factor)
+
+    def _get_latent_image_size(self, latents, height, width, upscale_factor):
+        check_embeds("image", latents, (None, self.latent_channels, None, None), "latents of the size of the output")
+        size = tuple(cells * self.vae_scale_factor for cells in latents.shape[2:])
+        if any(length % self.pixels_per_token for length in size) or 0 in size:
+            raise ValueError(f"`image` latents must have even height and width but have {tuple(latents.shape[2:])}.")
+        if upscale_factor not in (None, 1) or (height is not None and (height, width) != size):
+            raise ValueError(
+                f"`image` holds latents of {size[0]}x{size[1]} px, which cannot be resized. Pass pixels to upscale, or"
+                " leave out `upscale_factor`, `height` and `width`."
+            )
+        return size
+
+    def check_schedule_inputs(
+        self, strength, start_sigma, sigmas, num_inference_steps, guidance_scale, true_cfg_scale
+    ):
+        r"""Checks what sets the noise levels and the guidance; raises a `ValueError`."""
+        given = {"strength": strength, "sigmas": sigmas}
+        for name, value in given.items():
+            if value is not None and start_sigma is not None:
+                raise ValueError(
+                    f"Both `{name}` ({value}) and `start_sigma` ({start_sigma}) set the noise level. Pass one of them."
+                )
+        if strength is not None:
+            check_number("strength", strength, 0, 1, "It is the share of the steps that are executed.")
+        if start_sigma is not None:
+            check_number("start_sigma", start_sigma, 0.01, 1, "It is the share of noise in the latents at the start.")
+        if sigmas is not None and not is_falling(sigmas):
+            raise ValueError(
+                f"`sigmas` must be a list of numbers that fall from at most 1 to above 0 but is {sigmas}."
+            )
+        if num_inference_steps is not None:
+            check_integer("num_inference_steps", num_inference_steps, 1, "Pass the number of denoising steps.")
+        if guidance_scale is not None:
+            check_number("guidance_scale", guidance_scale, 0, 1000, "FLUX.1-dev takes about 3.5.")
+        check_number("true_cfg_scale", true_cfg_scale, 0, 1000, "1 switches true CFG off.")
+
+    def check_tile_inputs(self, image, tile_batch_size, tile_fusion, color_fix, output_type, callback_on_step_end):
+        r"""Checks what the tiles, the result and the callback need; raises a `ValueError`."""
+        check_integer("tile_batch_size", tile_batch_size, 1, "It is the number of tiles in one transformer call.")
+        check_choice("tile_fusion", tile_fusion, ("step", "final"))
+        check_choice("color_fix", color_fix, (None, "wavelet", "adain"))
+        check_choice("output_type", output_type, ("pil", "np", "pt", "latent"))
+        if color_fix is not None and (self.is_latent_image(image) or output_type == "latent"):
+            raise ValueError(f"`color_fix` {color_fix!r} needs an image and a decoded result, not latents. Pass None.")
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise ValueError(f"`callback_on_step_end` must be callable but is {callback_on_step_end!r}.")
+
+    def check_prompt_inputs(
+        self,
+        prompt,
+        prompt_embeds,
+        pooled_prompt_embeds,
+        negative_prompt,
+        negative_prompt_embeds,
+        negative_pooled_prompt_embeds,
+        max_sequence_length,
+        joint_attention_kwargs,
+        ip_adapter_inputs,
+    ):
+        r"""Checks the text and IP-Adapter conditioning beyond the parent's `check_inputs`; raises a `ValueError`."""
+        check_integer("max_sequence_length", max_sequence_length, 1, "FLUX.1 takes up to 512 text tokens.")
+        for name, texts in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+            if isinstance(texts, list) and (not texts or not all(isinstance(text, str) for text in texts)):
+                raise ValueError(f"`{name}` must be a string or a list of strings but is {texts!r}.")
+        config = self.transformer.config
+        for prefix, embeds, pooled in (
+            ("", prompt_embeds, pooled_prompt_embeds),
+            ("negative_", negative_prompt_embeds, negative_pooled_prompt_embeds),
+        ):
+            if embeds is not None:
+                check_embeds(
+                    f"{prefix}prompt_embeds", embeds, (None, None, config.joint_attention_dim), "T5 embeddings"
+                )
+            if embeds is not None and pooled is not None:
+                shape = (len(embeds), config.pooled_projection_dim)
+                check_embeds(f"{prefix}pooled_prompt_embeds", pooled, shape, "CLIP embeddings of the same prompts")
+        has_text_encoders = self.text_encoder is not None and self.text_encoder_2 is not None
+        needs_text = prompt is not None or (prompt_embeds is None and self.default_prompt_embeds is None)
+        if not has_text_encoders and (needs_text or negative_prompt is not None):
+            raise ValueError(
+                f"`prompt` ({prompt!r}) or `negative_prompt` ({negative_prompt!r}) needs the components `text_encoder`"
+                " and `text_encoder_2`, which this pipeline was loaded without. Load them, or pass `prompt_embeds` and"
+                " `pooled_prompt_embeds`."
+            )
+        if joint_attention_kwargs is not None and not isinstance(joint_attention_kwargs, dict):
+            raise ValueError(f"`joint_attention_kwargs` must be a dictionary but is {joint_attention_kwargs!r}.")
+        if any(value is not None for value in ip_adapter_inputs) and self.transformer.encoder_hid_proj is None:
+            raise ValueError("`ip_adapter_image` is given but no IP-Adapter is loaded. Call `load_ip_adapter` first.")
+
+    def check_batch_inputs(self, num_prompts, num_images_per_prompt, negative_prompt, generator, latents, plan):
+        r"""Checks what has to agree with the number of prompts; raises a `ValueError`."""
+        check_integer("num_images_per_prompt", num_images_per_prompt, 1, "Pass the number of results for each prompt.")
+        if isinstance(negative_prompt, list) and len(negative_prompt) not in (1, num_prompts):
+            raise ValueError(f"`negative_prompt` has {len(negative_prompt)} entries for {num_prompts} prompts.")
+        batch_size = num_prompts * num_images_per_prompt
+        generators = generator if isinstance(generator, list) else [generator]
+        if not all(item is None or isinstance(item, torch.Generator) for item in generators):
+            raise ValueError(f"`generator` must be a `torch.Generator` or a list of them but is {generator!r}.")
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(f"`generator` has {len(generator)} entries for a batch of {batch_size}. Pass as many.")
+        if latents is not None:
+            num_tokens = plan.height * plan.width // self.pixels_per_token**2
+            shape = (batch_size, num_tokens, self.latent_channels * 4)
+            check_embeds("latents", latents, shape, "packed latents of the whole padded output")
+
+    def check_dino_inputs(self, image, plan, num_images, scale, start, end, dino_embeds, joint_attention_kwargs):
+        r"""Checks the DINO conditioning; raises a `ValueError`."""
+        check_number("dino_conditioning_scale", scale, 0, 100, "0 is off, 1 is as the projector was trained.")
+        check_number("dino_guidance_start", start, 0, 1, "It is a share of the steps.")
+        check_number("dino_guidance_end", end, start, 1, "It is a share of the steps, from `dino_guidance_start` on.")
+        if dino_embeds is not None:
+            if self.dino_projector is None:
+                raise ValueError("`dino_embeds` is given but there is no projector. Call `load_dino_projector` first.")
+            shape = (len(plan), num_images, None, None, self.dino_projector.config.in_dim)
+            check_embeds(
+                "dino_embeds", dino_embeds, shape, "features from `encode_dino` for the same image, size and tiles"
+            )
+        if scale == 0 or self.dino_projector is None:
+            return
+        if dino_embeds is None:
+            if self.dino_encoder is None:
+                raise ValueError("`dino_encoder` is missing. Call `load_dino_projector` or pass `dino_embeds`.")
+            if self.is_latent_image(image):
+                raise ValueError("`image` holds latents, which DINO cannot see. Pass `dino_embeds` or pixels.")
+            self.check_dino_components(self.dino_encoder, self.dino_projector)
+        if scale != 1:
+            self.check_attention_backends(scale, joint_attention_kwargs or {})
+
+    def check_attention_backends(self, scale: float, joint_attention_kwargs: dict) -> None:
+        r"""Raises a `ValueError` where an attention processor could not apply a DINO strength other than 0 and 1."""
+        if "attention_mask" in joint_attention_kwargs:
+            raise ValueError(
+                "`joint_attention_kwargs` has an `attention_mask`, which carries the DINO strength. Leave it out, or"
+                " pass `dino_conditioning_scale` 0 or 1."
+            )
+        for processor in self.transformer.attn_processors.values():
+            backend = attention_backend_of(processor)
+            has_lse = type(processor) is FluxAttnProcessor and backend == AttentionBackendName._NATIVE_FLASH
+            if backend not in MASK_BACKENDS and not has_lse:
+                raise ValueError(
+                    f"`dino_conditioning_scale` {scale} does not work with the attention backend {backend.value!r} of"
+                    f" {type(processor).__name__}, which takes no mask. Pass 0 or 1, or choose a backend with"
+                    ' `pipe.transformer.set_attention_backend("native")`.'
+                )
+            if getattr(processor, "_parallel_config", None) is not None:
+                raise ValueError(
+                    f"`dino_conditioning_scale` {scale} does not work with context parallelism, which splits the"
+                    " sequence. Pass 0 or 1."
+                )
+
+    def get_num_prompts(self, prompt, prompt_embeds, num_images: int) -> int:
+        r"""The number of prompts once a single prompt is repeated for several images."""
+        num_prompts = len(prompt) if isinstance(prompt, list) else 1 if prompt_embeds is None else len(prompt_embeds)
+        if num_prompts == 1 or num_prompts % num_images == 0:
+            return max(num_prompts, num_images)
+        raise ValueError(
+            f"`prompt` has {num_prompts} entries for {num_images} images. Pass one prompt, or one for each image."
+        )
+
+    def get_default_settings(self, strength, sigmas, start_sigma, num_inference_steps, guidance_scale) -> tuple:
+        r"""
+        Steps, guidance and start sigma where the caller leaves them out.
+
+        A transformer with guidance embeddings is taken for FLUX.1-dev, one without for the distilled FLUX.1-schnell.
+        From a start sigma every step is executed, so dev needs fewer of them than with `strength`.
+        """
+        is_dev = self.transformer.config.guidance_embeds
+        if strength is None and sigmas is None and start_sigma is None:
+            start_sigma = 0.35
+        if sigmas is not None:
+            num_inference_steps = len(sigmas)
+        elif num_inference_steps is None:
+            num_inference_steps = (12 if start_sigma is not None else 28) if is_dev else 4
+        return num_inference_steps, 3.5 if guidance_scale is None else guidance_scale, start_sigma
+
+    # ---- Tiles, image and latents ----------------------------------------------------------------------------------
+
+    def plan_tiles(
+        self,
+        height: int,
+        width: int,
+        tile_size: int | tuple[int, int] | None = None,
+        tile_overlap: int = DEFAULT_TILE_OVERLAP,
+        max_sequence_length: int = 512,
+    ) -> TilePlan:
+        r"""
+        The tiles that a call with this output size would process; see [`plan_tiles`] for the arguments, in pixels.
+
+        Example: `len(pipe.plan_tiles(4096, 4096))` is 16.
+        """
+        num_dino_tokens = 0 if self.dino_projector is None else self.dino_projector.config.token_grid**2
+        return plan_tiles(
+            height,
+            width,
+            tile_size,
+            tile_overlap,
+            pixels_per_token=self.pixels_per_token,
+            extra_tokens=max_sequence_length + num_dino_tokens,
+            inner_dim=self.inner_dim,
+        )
+
+    def prepare_image(self, image: PipelineImageInput, height: int, width: int) -> torch.Tensor:
+        r"""
+        Resizes an image (PIL by Lanczos, arrays and tensors by antialiased bicubic) and pads it to whole tokens by
+        repeating its last row and column.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, 3, padded height, padded width)` in [-1, 1].
+        """
+        images = self.check_image(image)
+        if isinstance(images[0], PIL.Image.Image):
+            images = [self.image_processor.resize(item.convert("RGB"), height, width) for item in images]
+            pixels = self.image_processor.numpy_to_pt(self.image_processor.pil_to_numpy(images))
+        else:
+            if isinstance(images[0], np.ndarray):
+                pixels = self.image_processor.numpy_to_pt(np.stack(images))
+            else:
+                pixels = torch.stack(images)
+            pixels = pixels.float().expand(-1, 3, -1, -1)
+            if pixels.shape[2:] != (height, width):
+                pixels = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
+        padding = (0, -width % self.pixels_per_token, 0, -height % self.pixels_per_token)
+        return self.image_processor.normalize(F.pad(pixels.float(), padding, mode="replicate"))
+
+    def encode_tiles(self, image: torch.Tensor, plan: TilePlan, generator) -> torch.Tensor:
+        r"""
+        Encodes an image of shape `(batch, 3, height, width)` in [-1, 1] tile by tile.
+
+        The tiles' posteriors are blended before one sample is drawn for the whole image, so that the result does not
+        depend on the order of the tiles.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, latent channels, rows, columns)`: scaled latents in float32.
+        """
+        device = self._execution_device
+        encoded = [self.vae.encode(image[tile.slices()].to(device=device, dtype=self.vae.dtype)) for tile in plan]
+        if hasattr(encoded[0], "latent_dist"):
+            moments = blend_tiles([tile.latent_dist.parameters for tile in encoded], plan, self.vae_scale_factor)
+            generators = generator if isinstance(generator, list) else [generator]
+            parts = moments.split(1) if len(generators) > 1 else [moments]
+            latents = torch.cat(
+                [
+                    retrieve_latents(AutoencoderKLOutput(DiagonalGaussianDistribution(part)), generator=generator)
+                    for part, generator in zip(parts, generators)
+                ]
+            )
+        else:
+            latents = blend_tiles([tile.latents for tile in encoded], plan, self.vae_scale_factor)
+        return (latents - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+
+    def decode_tiles(self, latents: torch.Tensor, plan: TilePlan) -> torch.Tensor:
+        r"""
+        Decodes `(batch, latent channels, rows, columns)` latents tile by tile and blends the pixels on the CPU.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, 3, height, width)`: the padded image, about in [-1, 1], in float32.
+        """
+        latents = latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
+        canvas = torch.zeros(latents.shape[0], 3, plan.height, plan.width)
+        for tile, window in zip(plan, plan.windows()):
+            tile_latents = latents[tile.slices(self.vae_scale_factor)].to(self.vae.dtype)
+            canvas[tile.slices()] += self.vae.decode(tile_latents, return_dict=False)[0].float().cpu() * window
+        return canvas
+
+    def prepare_tile_latents(self, image_latents, timestep, batch_size, plan, dtype, generator, latents=None):
+        r"""
+        The noisy latents of the whole image, from one noise canvas.
+
+        Args:
+            image_latents (`torch.Tensor` of shape `(batch, latent channels, rows, columns)`): Of the resized image.
+            timestep (`torch.Tensor` of shape `(batch,)`): The first timestep.
+            latents (`torch.Tensor`, *optional*): Noisy latents of the caller, packed as in the parent pipeline.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, latent channels, rows, columns)` in float32.
+        """
+        device = self._execution_device
+        if latents is not None:
+            return self.unpack_canvas(latents.to(device=device, dtype=torch.float32), plan.height, plan.width)
+        image_latents = image_latents.to(device=device, dtype=torch.float32)
+        noise = randn_tensor((batch_size, *image_latents.shape[1:]), generator=generator, device=device, dtype=dtype)
+        return self.scheduler.scale_noise(image_latents, timestep, noise.float())
+
+    def pack_canvas(self, latents: torch.Tensor) -> torch.Tensor:
+        r"""`(batch, channels, rows, columns)` latents to `(batch, tokens, 4 * channels)`, the parent's packing."""
+        return self._pack_latents(latents.contiguous(), *latents.shape)
+
+    def unpack_canvas(self, tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        r"""Undoes [`~FluxDinoTilePipeline.pack_canvas`]; `height` and `width` are in pixels."""
+        return self._unpack_latents(tokens, height, width, self.vae_scale_factor)
+
+    def get_tile_timesteps(self, num_inference_steps, sigmas, strength, start_sigma, plan):
+        r"""
+        The timesteps to execute, and their number before `strength` cuts them.
+
+        `mu`, the resolution-dependent shift of the schedule, comes from the tile: it is the tile that the transformer
+        sees. With a `start_sigma` the noise levels fall evenly, before the shift, from there to 0.
+        """
+        device = self._execution_device
+        config = self.scheduler.config
+        mu = calculate_shift(
+            plan.tokens_per_tile,
+            config.get("base_image_seq_len", 256),
+            config.get("max_image_seq_len", 4096),
+            config.get("base_shift", 0.5),
+            config.get("max_shift", 1.15),
+        )
+        if start_sigma is not None:
+            # Read the scheduler's shift as a table, to find the unshifted sigma that it moves to `start_sigma`.
+            unshifted = np.linspace(1.0, 1e-3, 1000)
+            retrieve_timesteps(self.scheduler, None, device, sigmas=unshifted, mu=mu)
+            shifted = self.scheduler.sigmas[: len(unshifted)].cpu().numpy()
+            first = np.interp(start_sigma, shifted[::-1], unshifted[::-1])
+            sigmas = np.linspace(first, first / num_inference_steps, num_inference_steps)
+        elif sigmas is None:
+            sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
+        timesteps, num_inference_steps = retrieve_timesteps(
+            self.scheduler, num_inference_steps, device, sigmas=sigmas, mu=mu
+        )
+        if start_sigma is not None and abs(float(self.scheduler.sigmas[0]) - start_sigma) > 1e-3:
+            raise ValueError(
+                f"`start_sigma` {start_sigma} is out of reach of this {type(self.scheduler).__name__}, which starts at"
+                f" {float(self.scheduler.sigmas[0]):.3f}. Pass `strength`, or a scheduler without sigma conversion."
+            )
+        timesteps, num_inference_steps = self.get_timesteps(
+            num_inference_steps, 1.0 if strength is None else strength, device
+        )
+        if num_inference_steps < 1:
+            raise ValueError(
+                f"`strength` {strength} leaves no step to execute. Raise it or `num_inference_steps`, or pass"
+                " `start_sigma`."
+            )
+        return timesteps
+
+    # ---- DINO ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode_dino(
+        self,
+        image: PipelineImageInput,
+        height: int | None = None,
+        width: int | None = None,
+        upscale_factor: float | None = None,
+        tile_size: int | tuple[int, int] | None = None,
+        tile_overlap: int = DEFAULT_TILE_OVERLAP,
+        max_sequence_length: int = 512,
+    ) -> torch.Tensor:
+        r"""
+        DINO features of every tile, to be passed as `dino_embeds` to calls with the same image, size and tiles, for
+        example to try several strengths.
+
+        Returns:
+            `torch.Tensor` of shape `(num_tiles, batch, grid rows, grid columns, features)`.
+
+        Raises:
+            `ValueError`: If no projector is loaded, or an argument is out of range.
+        """
+        if self.dino_encoder is None or self.dino_projector is None:
+            raise ValueError("`encode_dino` needs a DINO encoder and a projector. Call `load_dino_projector` first.")
+        if self.is_latent_image(image):
+            raise ValueError("`image` holds latents, which DINO cannot see. Pass pixels.")
+        height, width = self.get_output_size(image, height, width, upscale_factor)
+        plan = self.plan_tiles(height, width, tile_size, tile_overlap, max_sequence_length)
+        self.check_dino_components(self.dino_encoder, self.dino_projector)
+        return self.encode_dino_tiles(self.prepare_image(image, height, width), plan)
+
+    def encode_dino_tiles(self, image: torch.Tensor, plan: TilePlan) -> torch.Tensor:
+        r"""
+        DINO features of the tiles of an image of shape `(batch, 3, height, width)` in [-1, 1].
+
+        Every tile is resized so that one DINO patch lies under each transformer token. (The encoder's own image
+        processor would crop the tile's centre.)
+
+        Returns:
+            `torch.Tensor` of shape `(num_tiles, batch, grid rows, grid columns, features)`.
+        """
+        patch_size = self.dino_encoder.config.patch_size
+        rows, columns = plan.tile_height // self.pixels_per_token, plan.tile_width // self.pixels_per_token
+        mean, std = (
+            torch.tensor(values).view(1, 3, 1, 1)
+            for values in (self.dino_projector.config.image_mean, self.dino_projector.config.image_std)
+        )
+        features = []
+        for tile in plan:
+            pixels = (image[tile.slices()] / 2 + 0.5 - mean) / std
+            pixels = F.interpolate(pixels, (rows * patch_size, columns * patch_size), mode="bicubic", antialias=True)
+            features.append(self.dino_projector.pool(self.get_patch_features(pixels, rows, columns)))
+        return torch.stack(features)
+
+    def get_patch_features(self, pixels: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+        r"""Features `(batch, rows, columns, dim)` of every patch, without CLS and register tokens, after the norm."""
+        pixels = pixels.to(device=self._execution_device, dtype=self.dino_encoder.dtype)
+        layers = list(self.dino_projector.config.layers)
+        if layers == [-1]:
+            hidden_states = self.dino_encoder(pixels).last_hidden_state
+        else:
+            norm = self.dino_encoder.norm if hasattr(self.dino_encoder, "norm") else self.dino_encoder.layernorm
+            all_states = self.dino_encoder(pixels, output_hidden_states=True).hidden_states
+            hidden_states = torch.cat([norm(all_states[layer]) for layer in layers], dim=-1)
+        return hidden_states[:, -rows * columns :].unflatten(1, (rows, columns))
+
+    def prepare_dino_tokens(self, features: torch.Tensor, plan: TilePlan, scale: float) -> DinoTokens:
+        r"""Projects features of [`~FluxDinoTilePipeline.encode_dino`] to tokens with positions."""
+        device, dtype = self._execution_device, self.dino_projector.dtype
+        tile_tokens = (plan.tile_height // self.pixels_per_token, plan.tile_width // self.pixels_per_token)
+        tokens = self.dino_projector(features.flatten(2, 3).to(device=device, dtype=dtype))
+        ids = self.dino_projector.position_ids(tuple(features.shape[2:4]), tile_tokens)
+        return DinoTokens(tokens, ids.to(device), scale)
+
+    @staticmethod
+    def expand_images(values: torch.Tensor, num_prompts: int, batch_size: int) -> torch.Tensor:
+        r"""Repeats `(num_images, ...)` values for the prompts, then each of them for its `num_images_per_prompt`."""
+        num_prompts = max(num_prompts, values.shape[0])
+        values = torch.cat([values] * (num_prompts // values.shape[0]))
+        return values.repeat_interleave(batch_size // num_prompts, dim=0)
+
+    @contextmanager
+    def dino_attention(self, dino: DinoTokens | None, num_text_tokens: int, dtype: torch.dtype) -> Iterator[None]:
+        r"""Lets stock attention processors weigh the DINO keys while the context lasts, then puts them back."""
+        if dino is None or dino.scale == 1:
+            yield
+            return
+        stock = self.transformer.attn_processors
+        shared: dict[AttentionBackendName, FluxDinoAttnProcessor] = {}
+        replaced = {}
+        for name, processor in stock.items():
+            replaced[name] = processor
+            # Others, such as an IP-Adapter's, take the bias as a mask.
+            if type(processor) is FluxAttnProcessor:
+                backend = attention_backend_of(processor)
+                if backend not in shared:
+                    lse_attention = select_lse_attention(backend, self._execution_device, dtype)
+                    num_tokens = dino.tokens.shape[2]
+                    shared[backend] = FluxDinoAttnProcessor(
+                        num_text_tokens, num_text_tokens + num_tokens, lse_attention
+                    )
+                    shared[backend]._attention_backend = processor._attention_backend
+                replaced[name] = shared[backend]
+        self.transformer.set_attn_processor(replaced)
+        try:
+            yield
+        finally:
+            self.transformer.set_attn_processor(dict(stock))
+
+    # ---- Denoising -------------------------------------------------------------------------------------------------
+
+    def encode_branch(
+        self, prompt, prompt_2, prompt_embeds, pooled_prompt_embeds, ip_adapter_embeds, batch_size, max_sequence_length
+    ) -> PromptBranch:
+        r"""Encodes a prompt, or takes its embeddings, for `batch_size` results."""
+        device = self._execution_device
+        prompt_embeds, pooled_prompt_embeds, _ = self.encode_prompt(
+            prompt=prompt,
+            prompt_2=prompt_2,
+            prompt_embeds=prompt_embeds,
+            pooled_prompt_embeds=pooled_prompt_embeds,
+            device=device,
+            max_sequence_length=max_sequence_length,
+            lora_scale=self.joint_attention_kwargs.get("scale"),
+        )
+        dtype = prompt_embeds.dtype if self.text_encoder is not None else self.transformer.dtype
+        prompt_embeds, pooled_prompt_embeds = (
+            embeds.to(device=device, dtype=dtype).repeat_interleave(batch_size // embeds.shape[0], dim=0)
+            for embeds in (prompt_embeds, pooled_prompt_embeds)
+        )
+        text_ids = torch.zeros(prompt_embeds.shape[1], 3, device=device)
+        return PromptBranch(prompt_embeds, pooled_prompt_embeds, text_ids, ip_adapter_embeds)
+
+    def prepare_ip_adapter_branches(self, image, image_embeds, negative_image, negative_image_embeds, batch_size):
+        r"""IP-Adapter embeddings of both branches; a black image stands in for a missing one."""
+        given = image is not None or image_embeds is not None
+        negative_given = negative_image is not None or negative_image_embeds is not None
+        if not given and not negative_given:
+            return None, None
+        black = np.zeros((224, 224, 3), dtype=np.uint8)
+        if not given:
+            image = black
+        if not negative_given:
+            negative_image = black
+        device = self._execution_device
+        return (
+            self.prepare_ip_adapter_image_embeds(image, image_embeds, device, batch_size),
+            self.prepare_ip_adapter_image_embeds(negative_image, negative_image_embeds, device, batch_size),
+        )
+
+    def get_tile_batches(self, num_tiles: int, tile_batch_size: int) -> list[list[int]]:
+        r"""
+        Tile indices of each transformer call, as even as possible. For a compiled transformer the last batch is filled
+        up with its last tile, since another shape would compile it again.
+        """
+        num_batches = math.ceil(num_tiles / tile_batch_size)
+        size = math.ceil(num_tiles / num_batches)
+        batches = [list(range(start, min(start + size, num_tiles))) for start in range(0, num_tiles, size)]
+        if any(module._compiled_call_impl is not None for module in self.transformer.modules()):
+            batches[-1] += [num_tiles - 1] * (size - len(batches[-1]))
+        return batches
+
+    def predict_velocity(
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        branch: PromptBranch,
+        guidance: torch.Tensor | None,
+        dino: DinoTokens | None = None,
+    ) -> torch.Tensor:
+        r"""
+        One transformer call for a batch of tiles.
+
+        Args:
+            latents (`torch.Tensor` of shape `(tiles * batch, latent channels, rows, columns)`): Noisy tiles.
+            timestep (`torch.Tensor`): The scheduler's timestep, a scalar.
+            branch ([`PromptBranch`]): Conditioning of `batch` entries, repeated for the tiles.
+            guidance (`torch.Tensor` of shape `(1,)`, *optional*): Guidance embedded in the transformer.
+            dino ([`DinoTokens`], *optional*): Tokens of these tiles, in order.
+
+        Returns:
+            `torch.Tensor` of shape `(tiles * batch, latent channels, rows, columns)`: velocity, in float32.
+        """
+        num, _, rows, columns = latents.shape
+        dtype = branch.prompt_embeds.dtype
+        repeats = num // branch.prompt_embeds.shape[0]
+        encoder_hidden_states = branch.prompt_embeds.repeat(repeats, 1, 1)
+        text_ids = branch.text_ids
+        # The transformer changes the dictionary that it gets.
+        joint_attention_kwargs = dict(self.joint_attention_kwargs)
+        if branch.ip_adapter_embeds is not None:
+            joint_attention_kwargs["ip_adapter_image_embeds"] = [
+                embeds.repeat(repeats, *[1] * (embeds.ndim - 1)) for embeds in branch.ip_adapter_embeds
+            ]
+        if dino is not None:
+            num_text_tokens = encoder_hidden_states.shape[1]
+            encoder_hidden_states = torch.cat([encoder_hidden_states, dino.tokens.flatten(0, 1).to(dtype)], dim=1)
+            text_ids = torch.cat([text_ids, dino.ids])
+            if dino.scale != 1:
+                num_tokens = encoder_hidden_states.shape[1] + rows * columns // 4
+                bias = torch.zeros(1, 1, 1, num_tokens, device=latents.device, dtype=dtype)
+                bias[..., num_text_tokens : encoder_hidden_states.shape[1]] = math.log(dino.scale)
+                joint_attention_kwargs["attention_mask"] = bias
+        velocity = self.transformer(
+            hidden_states=self.pack_canvas(latents.to(dtype)),
+            timestep=timestep.expand(num).to(dtype) / 1000,
+            guidance=None if guidance is None else guidance.expand(num),
+            pooled_projections=branch.pooled_prompt_embeds.repeat(repeats, 1),
+            encoder_hidden_states=encoder_hidden_states,
+            txt_ids=text_ids,
+            img_ids=self._prepare_latent_image_ids(num, rows // 2, columns // 2, latents.device, torch.float32),
+            joint_attention_kwargs=joint_attention_kwargs,
+            return_dict=False,
+        )[0]
+        return self.unpack_canvas(velocity.float(), rows * self.vae_scale_factor, columns * self.vae_scale_factor)
+
+    def predict_tile_velocities(self, tiles, timestep, branches, guidance, dino, tile_batches, true_cfg_scale, bar):
+        r"""Velocities `(num_tiles, batch, latent channels, rows, columns)` of all tiles, batch by batch."""
+        velocities = torch.empty_like(tiles)
+        batch_size = tiles.shape[1]
+        for indices in tile_batches:
+            latents = tiles[indices].flatten(0, 1)
+            batch_dino = None if dino is None else dino._replace(tokens=dino.tokens[indices])
+            velocity = self.predict_velocity(latents, timestep, branches[0], guidance, batch_dino)
+            if len(branches) > 1:
+                negative = self.predict_velocity(latents, timestep, branches[1], guidance, batch_dino)
+                velocity = negative + true_cfg_scale * (velocity - negative)
+            velocities[indices] = velocity.unflatten(0, (len(indices), batch_size))
+            bar.update()
+        return velocities
+
+    def run_callback(self, callback, index, timestep, tensor_inputs, canvas, branch, plan):
+        r"""Calls `callback_on_step_end` with the packed canvas; returns the canvas and the branch that it leaves."""
+        packed = self.pack_canvas(canvas)
+        tensors = {"latents": packed.clone(), "prompt_embeds": branch.prompt_embeds}
+        outputs = callback(self, index, timestep, {name: tensors[name] for name in tensor_inputs})
+        latents = outputs.pop("latents", packed)
+        if not torch.equal(latents, packed):
+            canvas = self.unpack_canvas(latents.to(packed), plan.height, plan.width)
+        return canvas, branch._replace(prompt_embeds=outputs.pop("prompt_embeds", branch.prompt_embeds))
+
+    @torch.no_grad()
+    @replace_example_docstring(EXAMPLE_DOC_STRING)
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        prompt_2: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        negative_prompt_2: str | list[str] | None = None,
+        true_cfg_scale: float = 1.0,
+        image: PipelineImageInput = None,
+        height: int | None = None,
+        width: int | None = None,
+        strength: float | None = None,
+        num_inference_steps: int | None = None,
+        sigmas: list[float] | None = None,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        pooled_prompt_embeds: torch.Tensor | None = None,
+        ip_adapter_image: PipelineImageInput | None = None,
+        ip_adapter_image_embeds: list[torch.Tensor] | None = None,
+        negative_ip_adapter_image: PipelineImageInput | None = None,
+        negative_ip_adapter_image_embeds: list[torch.Tensor] | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        negative_pooled_prompt_embeds: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: Callable[[Any, int, torch.Tensor, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+        max_sequence_length: int = 512,
+        upscale_factor: float | None = None,
+        start_sigma: float | None = None,
+        tile_size: int | tuple[int, int] | None = None,
+        tile_overlap: int = DEFAULT_TILE_OVERLAP,
+        tile_batch_size: int = 1,
+        tile_fusion: str = "step",
+        dino_conditioning_scale: float = 1.0,
+        dino_guidance_start: float = 0.0,
+        dino_guidance_end: float = 1.0,
+        dino_embeds: torch.Tensor | None = None,
+        color_fix: str | None = None,
+    ) -> FluxPipelineOutput | tuple:
+        r"""
+        Enlarges an image. Arguments up to `max_sequence_length` are the parent's, in its order.
+
+        Args:
+            prompt (`str` or `list[str]`, *optional*):
+                What to draw, beside what DINO sees. The empty prompt when left out.
+            prompt_2 (`str` or `list[str]`, *optional*):
+                Prompt for the T5 encoder; `prompt` when left out.
+            negative_prompt (`str` or `list[str]`, *optional*):
+                What not to draw, with `true_cfg_scale` above 1.
+            negative_prompt_2 (`str` or `list[str]`, *optional*):
+                Negative prompt for the T5 encoder; `negative_prompt` when left out.
+            true_cfg_scale (`float`, defaults to 1.0):
+                Classifier-free guidance against the negative prompt; above 1 it doubles the work. The DINO tokens are
+                in both branches.
+            image (`PipelineImageInput`):
+                One image or several of one size: PIL of any mode, NumPy `(batch, height, width, channels)` or tensor
+                `(batch, channels, height, width)` with 1 or 3 channels in [0, 1], or latents `(batch, latent
+                channels, rows, columns)` of the size of the output. One prompt serves several images, and one image
+                several prompts.
+            height (`int`, *optional*):
+                Height of the output in pixels, together with `width`; any size, also not of whole tokens.
+            width (`int`, *optional*):
+                Width of the output in pixels.
+            strength (`float`, *optional*):
+                Share of the steps that are executed, in [0, 1], as in the parent. The noise level that it leads to
+                depends on the schedule; see `start_sigma`.
+            num_inference_steps (`int`, *optional*):
+                Denoising steps. Defaults to 4 without guidance embeddings (schnell), else to 12 with `start_sigma` and
+                28 with `strength` (dev). From a `start_sigma` all of them are executed.
+            sigmas (`list[float]`, *optional*):
+                Falling noise levels in (0, 1] for the scheduler, which may shift them; all are executed unless
+                `strength` cuts them.
+            guidance_scale (`float`, *optional*, defaults to 3.5):
+                Guidance embedded in FLUX.1-dev; ignored by schnell.
+            num_images_per_prompt (`int`, defaults to 1):
+                Results for each prompt.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                Source of the noise, drawn once for the whole image: the result does not depend on `tile_batch_size`.
+            latents (`torch.Tensor`, *optional*):
+                Noisy latents to start from instead of the noised image, packed: `(batch, tokens, 4 * latent channels)`
+                for the output padded to whole tokens.
+            prompt_embeds (`torch.Tensor`, *optional*):
+                T5 embeddings `(batch, tokens, dim)` in place of `prompt`.
+            pooled_prompt_embeds (`torch.Tensor`, *optional*):
+                CLIP embeddings `(batch, dim)` that go with `prompt_embeds`.
+            ip_adapter_image (`PipelineImageInput`, *optional*):
+                Image for a loaded IP-Adapter; all tiles get it.
+            ip_adapter_image_embeds (`list[torch.Tensor]`, *optional*):
+                Its embeddings, one `(batch, num_images, dim)` for each adapter.
+            negative_ip_adapter_image (`PipelineImageInput`, *optional*):
+                Image for the negative branch.
+            negative_ip_adapter_image_embeds (`list[torch.Tensor]`, *optional*):
+                Its embeddings.
+            negative_prompt_embeds (`torch.Tensor`, *optional*):
+                T5 embeddings in place of `negative_prompt`.
+            negative_pooled_prompt_embeds (`torch.Tensor`, *optional*):
+                CLIP embeddings that go with `negative_prompt_embeds`.
+            output_type (`str`, defaults to `"pil"`):
+                "pil", "np", "pt", or "latent" for the packed latents of the padded output.
+            return_dict (`bool`, defaults to `True`):
+                Whether to return a [`~pipelines.flux.FluxPipelineOutput`] instead of a tuple.
+            joint_attention_kwargs (`dict`, *optional*):
+                Passed to the attention processors; `scale` is the LoRA scale.
+            callback_on_step_end (`Callable`, *optional*):
+                Called once after each step with `(pipeline, step, timestep, callback_kwargs)`; `callback_kwargs` holds
+                `latents`, the packed latents of the whole canvas, and may return changed ones.
+            callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
+                Tensors for the callback: `latents`, `prompt_embeds`.
+            max_sequence_length (`int`, defaults to 512):
+                Text tokens of the T5 encoder, up to 512. Fewer make every step faster.
+            upscale_factor (`float`, *optional*):
+                Enlargement from 1 to 8. Defaults to 4 unless `height` and `width` are given.
+            start_sigma (`float`, *optional*):
+                Share of noise in the latents at the start, from 0.01 to 1: how much FLUX may change. Excludes
+                `strength`. Defaults to 0.35 without `strength` and `sigmas`.
+            tile_size (`int` or `tuple[int, int]`, *optional*):
+                Tile side, or height and width, in pixels, a multiple of 16 for FLUX.1. Defaults to the size of 0.8 to
+                1.3 MP that costs the least work for this output.
+            tile_overlap (`int`, defaults to 64):
+                Least overlap of neighbouring tiles in pixels.
+            tile_batch_size (`int`, defaults to 1):
+                Tiles in one transformer call.
+            tile_fusion (`str`, defaults to `"step"`):
+                "step" blends the tiles' velocities at every step; "final" denoises every tile alone and blends the
+                finished latents.
+            dino_conditioning_scale (`float`, defaults to 1.0):
+                Weight of the DINO tokens in attention: 0 drops them, 1 is plain attention.
+            dino_guidance_start (`float`, defaults to 0.0):
+                Share of the steps before the DINO tokens come in.
+            dino_guidance_end (`float`, defaults to 1.0):
+                Share of the steps after which they are dropped.
+            dino_embeds (`torch.Tensor`, *optional*):
+                Features from [`~FluxDinoTilePipeline.encode_dino`].
+            color_fix (`str`, *optional*):
+                "wavelet" takes the low frequencies from the input, "adain" the mean and deviation of each channel.
+
+        Examples:
+
+        Returns:
+            [`~pipelines.flux.FluxPipelineOutput`] or `tuple`: The images, in a tuple with `return_dict=False`.
+
+        Raises:
+            `ValueError`: If an argument is out of range or does not fit another, before any model runs.
+        """
+        # 1. Define the output and its tiles, and check inputs
+        height, width = self.get_output_size(image, height, width, upscale_factor)
+        plan = self.plan_tiles(height, width, tile_size, tile_overlap)
+        is_latent_image = self.is_latent_image(image)
+        num_images = image.shape[0] if is_latent_image else len(self.check_image(image))
+        ip_adapter_inputs = (
+            ip_adapter_image,
+            ip_adapter_image_embeds,
+            negative_ip_adapter_image,
+            negative_ip_adapter_image_embeds,
+        )
+        self.check_schedule_inputs(strength, start_sigma, sigmas, num_inference_steps, guidance_scale, true_cfg_scale)
+        self.check_tile_inputs(image, tile_batch_size, tile_fusion, color_fix, output_type, callback_on_step_end)
+        self.check_prompt_inputs(
+            prompt,
+            prompt_embeds,
+            pooled_prompt_embeds,
+            negative_prompt,
+            negative_prompt_embeds,
+            negative_pooled_prompt_embeds,
+            max_sequence_length,
+            joint_attention_kwargs,
+            ip_adapter_inputs,
+        )
+        self.check_inputs(
+            "" if prompt is None and prompt_embeds is None else prompt,
+            prompt_2,
+            1.0 if strength is None else strength,
+            plan.height,
+            plan.width,
+            negative_prompt=negative_prompt,
+            negative_prompt_2=negative_prompt_2,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            pooled_prompt_embeds=pooled_prompt_embeds,
+            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            max_sequence_length=max_sequence_length,
+        )
+        num_prompts = self.get_num_prompts(prompt, prompt_embeds, num_images)
+        self.check_batch_inputs(num_prompts, num_images_per_prompt, negative_prompt, generator, latents, plan)
+        self.check_dino_inputs(
+            image,
+            plan,
+            num_images,
+            dino_conditioning_scale,
+            dino_guidance_start,
+            dino_guidance_end,
+            dino_embeds,
+            joint_attention_kwargs,
+        )
+
+        # 2. Define call parameters and timesteps
+        num_inference_steps, guidance_scale, start_sigma = self.get_default_settings(
+            strength, sigmas, start_sigma, num_inference_steps, guidance_scale
+        )
+        timesteps = self.get_tile_timesteps(num_inference_steps, sigmas, strength, start_sigma, plan)
+        batch_size = num_prompts * num_images_per_prompt
+        device = self._execution_device
+        self._guidance_scale = guidance_scale
+        self._joint_attention_kwargs = joint_attention_kwargs or {}
+        self._interrupt = False
+        self._num_timesteps = len(timesteps)
+
+        # 3. Preprocess the image and encode the prompts
+        canvas_image = image if is_latent_image else self.prepare_image(image, height, width)
+        if prompt is None and prompt_embeds is None:
+            prompt = "" if self.default_prompt_embeds is None else None
+            prompt_embeds, pooled_prompt_embeds = self.default_prompt_embeds or (None, None)
+        if prompt_embeds is not None:
+            max_sequence_length = prompt_embeds.shape[1]
+        ip_embeds, negative_ip_embeds = self.prepare_ip_adapter_branches(*ip_adapter_inputs, batch_size)
+        branches = [
+            self.encode_branch(
+                prompt, prompt_2, prompt_embeds, pooled_prompt_embeds, ip_embeds, batch_size, max_sequence_length
+            )
+        ]
+        if true_cfg_scale > 1 and (negative_prompt is not None or negative_prompt_embeds is not None):
+            branches.append(
+                self.encode_branch(
+                    negative_prompt,
+                    negative_prompt_2,
+                    negative_prompt_embeds,
+                    negative_pooled_prompt_embeds,
+                    negative_ip_embeds,
+                    batch_size,
+                    max_sequence_length,
+                )
+            )
+        dtype = branches[0].prompt_embeds.dtype
+
+        # 4. Encode what DINO sees in each tile
+        dino = None
+        if self.dino_projector is not None and dino_conditioning_scale > 0:
+            features = self.encode_dino_tiles(canvas_image, plan) if dino_embeds is None else dino_embeds
+            features = self.expand_images(features.transpose(0, 1), num_prompts, batch_size).transpose(0, 1)
+            dino = self.prepare_dino_tokens(features, plan, float(dino_conditioning_scale))
+
+        # 5. Encode the image and add noise
+        image_latents = None
+        if latents is None:
+            image_latents = canvas_image if is_latent_image else self.encode_tiles(canvas_image, plan, generator)
+            image_latents = self.expand_images(image_latents, num_prompts, batch_size)
+        latents = self.prepare_tile_latents(
+            image_latents, timesteps[:1].repeat(batch_size), batch_size, plan, dtype, generator, latents
+        )
+
+        # 6. Denoise: with "step" the state is the canvas, with "final" it is the stack of tiles
+        guidance = None
+        if self.transformer.config.guidance_embeds:
+            guidance = torch.full([1], guidance_scale, device=device, dtype=torch.float32)
+        is_fused = tile_fusion == "step"
+        cell = self.vae_scale_factor
+        state = latents if is_fused else crop_tiles(latents, plan, cell)
+        tile_batches = self.get_tile_batches(len(plan), tile_batch_size)
+        with (
+            self.dino_attention(dino, branches[0].prompt_embeds.shape[1], dtype),
+            self.progress_bar(total=len(timesteps) * len(tile_batches)) as progress_bar,
+        ):
+            for i, t in enumerate(timesteps):
+                if self.interrupt:
+                    break
+                start, end = i / len(timesteps), (i + 1) / len(timesteps)
+                step_dino = dino if dino_guidance_start <= start and end <= dino_guidance_end else None
+                tiles = crop_tiles(state, plan, cell) if is_fused else state
+                velocity = self.predict_tile_velocities(
+                    tiles, t, branches, guidance, step_dino, tile_batches, true_cfg_scale, progress_bar
+                )
+                if is_fused:
+                    velocity = blend_tiles(velocity, plan, cell)
+                state = self.scheduler.step(velocity, t, state, return_dict=False)[0]
+
+                if callback_on_step_end is not None:
+                    canvas = state if is_fused else blend_tiles(state, plan, cell)
+                    changed, branches[0] = self.run_callback(
+                        callback_on_step_end, i, t, callback_on_step_end_tensor_inputs, canvas, branches[0], plan
+                    )
+                    if changed is not canvas:
+                        state = changed if is_fused else crop_tiles(changed, plan, cell)
+        canvas = state if is_fused else blend_tiles(state, plan, cell)
+
+        # 7. Decode
+        if output_type == "latent":
+            images = self.pack_canvas(canvas)
+        else:
+            decoded = self.decode_tiles(canvas, plan)
+            if color_fix is not None:
+                decoded = match_color(decoded, self.expand_images(canvas_image, num_prompts, batch_size), color_fix)
+            images = self.image_processor.postprocess(decoded[:, :, :height, :width], output_type=output_type)
+
+        # Offload all models
+        self.maybe_free_model_hooks()
+
+        if not return_dict:
+            return (images,)
+        return FluxPipelineOutput(images=images)
+
+
+# ---- Helpers of the pipeline ---------------------------------------------------------------------------------------
+
+
+def image_size(image: PIL.Image.Image | np.ndarray | torch.Tensor) -> tuple[int, int]:
+    """Height and width in pixels of a PIL image, an array `(h, w, channels)` or a tensor `(channels, h, w)`."""
+    if isinstance(image, PIL.Image.Image):
+        return image.height, image.width
+    height, width = image.shape[:2] if isinstance(image, np.ndarray) else image.shape[1:]
+    return height, width
+
+
+def split_image_batch(value: np.ndarray | torch.Tensor) -> list:
+    """Checks an array `(batch, h, w, channels)` or a tensor `(batch, channels, h, w)` and returns its images."""
+    is_array = isinstance(value, np.ndarray)
+    layout = "(batch, height, width, channels)" if is_array else "(batch, channels, height, width)"
+    channels = value.shape[-1 if is_array else -3] if value.ndim in (3, 4) else None
+    if channels not in (1, 3) or 0 in value.shape:
+        raise ValueError(
+            f"`image` must have shape {layout}, with or without batch, and 1 or 3 channels but has"
+            f" {tuple(value.shape)}. Drop an alpha channel."
+        )
+    is_float = value.is_floating_point() if isinstance(value, torch.Tensor) else value.dtype.kind == "f"
+    if not is_float:
+        raise ValueError(f"`image` must hold floats in [0, 1] but holds {value.dtype}. Divide bytes by 255.")
+    low, high = float(value.min()), float(value.max())
+    if not (low >= 0 and high <= 1):
+        raise ValueError(f"`image` must be finite and in [0, 1] but ranges from {low:g} to {high:g}.")
+    return list(value) if value.ndim == 4 else [value]
+
+
+def is_falling(sigmas: Any) -> bool:
+    """Whether `sigmas` is a list of numbers that fall from at most 1 to above 0."""
+    if not isinstance(sigmas, (list, tuple, np.ndarray)) or len(sigmas) == 0:
+        return False
+    if not all(isinstance(sigma, numbers.Real) for sigma in sigmas):
+        return False
+    return sigmas[0] <= 1 and sigmas[-1] > 0 and all(high > low for high, low in itertools.pairwise(sigmas))
+
+
+def attention_backend_of(processor: Any) -> AttentionBackendName:
+    """The attention backend that a processor's next call uses: its own, or diffusers' active one."""
+    backend = getattr(processor, "_attention_backend", None)
+    return AttentionBackendName(backend or _AttentionBackendRegistry.get_active_backend()[0])
+
+
+def load_prompt_embeds(
+    source: str, revision: str | None, token: str | bool | None
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """T5 and pooled CLIP embeddings from `prompt_embeds.safetensors` of a repo or folder, `None` if it has none."""
+    path = str(Path(source) / PROMPT_EMBEDS_NAME)
+    if not Path(source).is_dir():
+        try:
+            path = hf_hub_download(source, PROMPT_EMBEDS_NAME, revision=revision, token=token)
+        except (EntryNotFoundError, LocalEntryNotFoundError):
+            return None
+    if not Path(path).is_file():
+        return None
+    tensors = load_file(path)
+    return tensors["prompt_embeds"], tensors["pooled_prompt_embeds"]
