@@ -24,13 +24,14 @@ import json
 import math
 import numbers
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import diffusers
 import numpy as np
 import PIL.Image
 import torch
@@ -46,7 +47,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor, _get_qkv_projections
 from diffusers.pipelines.flux.pipeline_flux_img2img import calculate_shift, retrieve_latents, retrieve_timesteps
 from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
-from diffusers.utils import logging, replace_example_docstring
+from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, logging, replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -65,9 +66,7 @@ from transformers import (
 
 logger = logging.get_logger(__name__)  # pylint: disable=invalid-name
 
-# The loaders give this file other module names; `from_pretrained` looks up a saved projector's class by this one.
 MODULE_NAME = "pipeline_flux_dino_tile"
-sys.modules[MODULE_NAME] = sys.modules[__name__]
 
 # A planned tile has 0.8 to 1.3 MP at 16 px a token: less starves FLUX of context, above 1.5 MP it draws grids.
 MIN_TILE_TOKENS = 3125
@@ -191,7 +190,7 @@ class TilePlan(Sequence):
     def __getitem__(self, index):
         return self.tiles[index]
 
-    @property
+    @cached_property
     def tiles(self) -> list[Tile]:
         return [Tile(top, left, self.tile_height, self.tile_width) for top in self.tops for left in self.lefts]
 
@@ -206,11 +205,16 @@ class TilePlan(Sequence):
         return [row[:, None] * column[None, :] for row in rows for column in columns]
 
 
+def tile_count(length: int, size: int, overlap: int) -> int:
+    """The fewest tiles of `size` that cover `[0, length)` with neighbours sharing at least `overlap`."""
+    return 1 if size >= length else math.ceil((length - overlap) / (size - overlap))
+
+
 def tile_starts(length: int, size: int, overlap: int) -> list[int]:
     """Starts of the fewest tiles that cover `[0, length)`, evenly spread, neighbours sharing at least `overlap`."""
-    if size >= length:
+    count = tile_count(length, size, overlap)
+    if count == 1:
         return [0]
-    count = math.ceil((length - overlap) / (size - overlap))
     span = length - size
     return [(2 * index * span + count - 1) // (2 * (count - 1)) for index in range(count)]
 
@@ -279,7 +283,7 @@ def choose_tile_size(height: int, width: int, overlap: int, extra_tokens: int, i
         return max(rows, columns) <= MAX_TILE_ASPECT * min(rows, columns) or rows == height or columns == width
 
     def work(size: tuple[int, int]) -> int:
-        count = len(tile_starts(height, size[0], overlap)) * len(tile_starts(width, size[1], overlap))
+        count = tile_count(height, size[0], overlap) * tile_count(width, size[1], overlap)
         return count * transformer_cost(size[0] * size[1] + extra_tokens, inner_dim)
 
     sizes = [
@@ -529,7 +533,10 @@ class DinoProjector(ModelMixin, ConfigMixin):
         return ids.flatten(0, 1)
 
 
-DinoProjector.__module__ = MODULE_NAME
+# `model_index.json` names a component's library. On the Hub diffusers accepts no other than itself and transformers,
+# unless the component's folder holds code, and then a saved pipeline needs `trust_remote_code` even when installed.
+diffusers.DinoProjector = DinoProjector
+DinoProjector.__module__ = "diffusers"
 
 
 class DinoTokens(NamedTuple):
@@ -791,13 +798,15 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         """
         source = str(pretrained_model_name_or_path)
         is_projector_folder = (Path(source) / "config.json").is_file() and not (Path(source) / subfolder).is_dir()
-        projector = DinoProjector.from_pretrained(
-            source,
-            subfolder=None if is_projector_folder else subfolder,
-            revision=revision,
-            token=token,
-            use_safetensors=True,
-        )
+        folder = Path(source) if is_projector_folder else Path(source) / subfolder
+        if not Path(source).is_dir():
+            # `ModelMixin.from_pretrained` would print warnings about itself, and its errors do not name the subfolder.
+            for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+                file = hf_hub_download(source, name, subfolder=subfolder, revision=revision, token=token)
+            folder = Path(file).parent
+        device, dtype = self._execution_device, self.transformer.dtype
+        # `ModelMixin.to(dtype)` warns about modules to keep in float32, also where there are none.
+        projector = DinoProjector.from_pretrained(folder, use_safetensors=True, torch_dtype=dtype)
         encoder = dino_encoder
         if not isinstance(encoder, PreTrainedModel):
             name = projector.config.dino_model if encoder is None else str(encoder)
@@ -810,10 +819,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             )
         self.check_dino_components(encoder, projector)
 
-        device, dtype = self._execution_device, self.transformer.dtype
-        self.register_modules(
-            dino_encoder=encoder.to(dtype=dtype).eval(), dino_projector=projector.to(dtype=dtype).eval()
-        )
+        self.register_modules(dino_encoder=encoder.to(dtype=dtype).eval(), dino_projector=projector.eval())
         self.default_prompt_embeds = load_prompt_embeds(source, revision, token)
         self._place_dino_components(device)
 
