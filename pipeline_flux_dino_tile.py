@@ -48,7 +48,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAt
 from diffusers.pipelines.flux.pipeline_flux_img2img import calculate_shift, retrieve_latents, retrieve_timesteps
 from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
 from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, logging, replace_example_docstring
-from diffusers.utils.torch_utils import randn_tensor
+from diffusers.utils.torch_utils import is_compiled_module, randn_tensor
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import load_file
@@ -71,6 +71,7 @@ MODULE_NAME = "pipeline_flux_dino_tile"
 # A planned tile has 0.8 to 1.3 MP at 16 px a token: less starves FLUX of context, above 1.5 MP it draws grids.
 MIN_TILE_TOKENS = 3125
 MAX_TILE_TOKENS = 5078
+GRID_TILE_TOKENS = 5860
 DEFAULT_TILE_TOKENS = 64  # on a side: 1024 px, the size that FLUX was trained on
 MAX_TILE_ASPECT = 2.0
 DEFAULT_TILE_OVERLAP = 64
@@ -198,11 +199,11 @@ class TilePlan(Sequence):
     def tokens_per_tile(self) -> int:
         return (self.tile_height // self.pixels_per_token) * (self.tile_width // self.pixels_per_token)
 
-    def windows(self, pixels_per_cell: int = 1) -> list[torch.Tensor]:
-        """Blending weights `(rows, columns)` of each tile; at every cell of the canvas they sum to one."""
+    def windows(self, pixels_per_cell: int = 1) -> Iterator[torch.Tensor]:
+        """Yields each tile's blending weights `(rows, columns)`; at every cell of the canvas they sum to one."""
         rows = axis_windows([top // pixels_per_cell for top in self.tops], self.tile_height // pixels_per_cell)
         columns = axis_windows([left // pixels_per_cell for left in self.lefts], self.tile_width // pixels_per_cell)
-        return [row[:, None] * column[None, :] for row in rows for column in columns]
+        return (row[:, None] * column[None, :] for row in rows for column in columns)
 
 
 def tile_count(length: int, size: int, overlap: int) -> int:
@@ -850,6 +851,12 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
                 f" {dino_projector.config.in_dim}. Pass the encoder that the projector was trained with"
                 f" ({dino_projector.config.dino_model})."
             )
+        num_states = dino_encoder.config.num_hidden_layers + 1
+        if not all(-num_states <= layer < num_states for layer in dino_projector.config.layers):
+            raise ValueError(
+                f"`dino_projector` takes the layers {list(dino_projector.config.layers)}, but `dino_encoder` has"
+                f" {num_states} hidden states. Pass the encoder that the projector was trained with."
+            )
         joint_dim = self.transformer.config.joint_attention_dim
         if dino_projector.config.out_dim != joint_dim:
             raise ValueError(
@@ -1029,6 +1036,12 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             if embeds is not None and pooled is not None:
                 shape = (len(embeds), config.pooled_projection_dim)
                 check_embeds(f"{prefix}pooled_prompt_embeds", pooled, shape, "CLIP embeddings of the same prompts")
+        num_text_tokens = self.get_num_text_tokens(prompt, prompt_embeds, max_sequence_length)
+        if negative_prompt_embeds is not None and negative_prompt_embeds.shape[1] != num_text_tokens:
+            raise ValueError(
+                f"`negative_prompt_embeds` has {negative_prompt_embeds.shape[1]} tokens but the prompt has"
+                f" {num_text_tokens}. Encode both with the same `max_sequence_length`."
+            )
         has_text_encoders = self.text_encoder is not None and self.text_encoder_2 is not None
         needs_text = prompt is not None or (prompt_embeds is None and self.default_prompt_embeds is None)
         if not has_text_encoders and (needs_text or negative_prompt is not None):
@@ -1112,6 +1125,14 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             f"`prompt` has {num_prompts} entries for {num_images} images. Pass one prompt, or one for each image."
         )
 
+    def get_num_text_tokens(self, prompt, prompt_embeds, max_sequence_length: int) -> int:
+        r"""The number of T5 tokens of a call, given or default embeddings included."""
+        if prompt_embeds is not None:
+            return prompt_embeds.shape[1]
+        if prompt is None and self.default_prompt_embeds is not None:
+            return self.default_prompt_embeds[0].shape[1]
+        return max_sequence_length
+
     def get_default_settings(self, strength, sigmas, start_sigma, num_inference_steps, guidance_scale) -> tuple:
         r"""
         Steps, guidance and start sigma where the caller leaves them out.
@@ -1136,23 +1157,22 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         width: int,
         tile_size: int | tuple[int, int] | None = None,
         tile_overlap: int = DEFAULT_TILE_OVERLAP,
-        max_sequence_length: int = 512,
     ) -> TilePlan:
         r"""
         The tiles that a call with this output size would process; see [`plan_tiles`] for the arguments, in pixels.
 
         Example: `len(pipe.plan_tiles(4096, 4096))` is 16.
         """
-        num_dino_tokens = 0 if self.dino_projector is None else self.dino_projector.config.token_grid**2
-        return plan_tiles(
-            height,
-            width,
-            tile_size,
-            tile_overlap,
-            pixels_per_token=self.pixels_per_token,
-            extra_tokens=max_sequence_length + num_dino_tokens,
-            inner_dim=self.inner_dim,
+        # The plan must not depend on the projector, so that results with and without it can be compared.
+        plan = plan_tiles(
+            height, width, tile_size, tile_overlap, pixels_per_token=self.pixels_per_token, inner_dim=self.inner_dim
         )
+        if plan.tokens_per_tile > GRID_TILE_TOKENS:
+            logger.warning(
+                f"Tiles of {plan.tile_width}x{plan.tile_height} px are {plan.tokens_per_tile} tokens. FLUX.1 tends to"
+                f" draw grids above {GRID_TILE_TOKENS} tokens (1.5 MP): lower `tile_size`."
+            )
+        return plan
 
     def prepare_image(self, image: PipelineImageInput, height: int, width: int) -> torch.Tensor:
         r"""
@@ -1160,7 +1180,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         repeating its last row and column.
 
         Returns:
-            `torch.Tensor` of shape `(batch, 3, padded height, padded width)` in [-1, 1].
+            `torch.Tensor` of shape `(batch, 3, padded height, padded width)` in [-1, 1], in float32 on the CPU.
         """
         images = self.check_image(image)
         if isinstance(images[0], PIL.Image.Image):
@@ -1175,7 +1195,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             if pixels.shape[2:] != (height, width):
                 pixels = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
         padding = (0, -width % self.pixels_per_token, 0, -height % self.pixels_per_token)
-        return self.image_processor.normalize(F.pad(pixels.float(), padding, mode="replicate"))
+        return self.image_processor.normalize(F.pad(pixels.float().cpu(), padding, mode="replicate"))
 
     def encode_tiles(self, image: torch.Tensor, plan: TilePlan, generator) -> torch.Tensor:
         r"""
@@ -1217,7 +1237,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             canvas[tile.slices()] += self.vae.decode(tile_latents, return_dict=False)[0].float().cpu() * window
         return canvas
 
-    def prepare_tile_latents(self, image_latents, timestep, batch_size, plan, dtype, generator, latents=None):
+    def prepare_tile_latents(self, image_latents, timestep, batch_size, plan, generator, latents=None):
         r"""
         The noisy latents of the whole image, from one noise canvas.
 
@@ -1233,8 +1253,10 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         if latents is not None:
             return self.unpack_canvas(latents.to(device=device, dtype=torch.float32), plan.height, plan.width)
         image_latents = image_latents.to(device=device, dtype=torch.float32)
-        noise = randn_tensor((batch_size, *image_latents.shape[1:]), generator=generator, device=device, dtype=dtype)
-        return self.scheduler.scale_noise(image_latents, timestep, noise.float())
+        # In float32 whatever the models' dtype, so that a seed stands for the same noise.
+        shape = (batch_size, *image_latents.shape[1:])
+        noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        return self.scheduler.scale_noise(image_latents, timestep, noise)
 
     def pack_canvas(self, latents: torch.Tensor) -> torch.Tensor:
         r"""`(batch, channels, rows, columns)` latents to `(batch, tokens, 4 * channels)`, the parent's packing."""
@@ -1246,7 +1268,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
 
     def get_tile_timesteps(self, num_inference_steps, sigmas, strength, start_sigma, plan):
         r"""
-        The timesteps to execute, and their number before `strength` cuts them.
+        The timesteps to execute.
 
         `mu`, the resolution-dependent shift of the schedule, comes from the tile: it is the tile that the transformer
         sees. With a `start_sigma` the noise levels fall evenly, before the shift, from there to 0.
@@ -1298,7 +1320,6 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         upscale_factor: float | None = None,
         tile_size: int | tuple[int, int] | None = None,
         tile_overlap: int = DEFAULT_TILE_OVERLAP,
-        max_sequence_length: int = 512,
     ) -> torch.Tensor:
         r"""
         DINO features of every tile, to be passed as `dino_embeds` to calls with the same image, size and tiles, for
@@ -1315,7 +1336,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         if self.is_latent_image(image):
             raise ValueError("`image` holds latents, which DINO cannot see. Pass pixels.")
         height, width = self.get_output_size(image, height, width, upscale_factor)
-        plan = self.plan_tiles(height, width, tile_size, tile_overlap, max_sequence_length)
+        plan = self.plan_tiles(height, width, tile_size, tile_overlap)
         self.check_dino_components(self.dino_encoder, self.dino_projector)
         return self.encode_dino_tiles(self.prepare_image(image, height, width), plan)
 
@@ -1331,13 +1352,13 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         """
         patch_size = self.dino_encoder.config.patch_size
         rows, columns = plan.tile_height // self.pixels_per_token, plan.tile_width // self.pixels_per_token
+        device, config = self._execution_device, self.dino_projector.config
         mean, std = (
-            torch.tensor(values).view(1, 3, 1, 1)
-            for values in (self.dino_projector.config.image_mean, self.dino_projector.config.image_std)
+            torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (config.image_mean, config.image_std)
         )
         features = []
         for tile in plan:
-            pixels = (image[tile.slices()] / 2 + 0.5 - mean) / std
+            pixels = (image[tile.slices()].to(device) / 2 + 0.5 - mean) / std
             pixels = F.interpolate(pixels, (rows * patch_size, columns * patch_size), mode="bicubic", antialias=True)
             features.append(self.dino_projector.pool(self.get_patch_features(pixels, rows, columns)))
         return torch.stack(features)
@@ -1361,6 +1382,15 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         tokens = self.dino_projector(features.flatten(2, 3).to(device=device, dtype=dtype))
         ids = self.dino_projector.position_ids(tuple(features.shape[2:4]), tile_tokens)
         return DinoTokens(tokens, ids.to(device), scale)
+
+    def warn_outside_training(self, sigma: float) -> None:
+        r"""Warns if the projector was not trained for the noise level at which the call starts."""
+        sigma_max = self.dino_projector.config.sigma_max
+        if sigma_max is not None and sigma > sigma_max:
+            logger.warning(
+                f"The first step has sigma {sigma:.3f}, but the projector was trained up to {sigma_max}. Lower"
+                " `start_sigma` or `strength`, or raise `dino_guidance_start`."
+            )
 
     @staticmethod
     def expand_images(values: torch.Tensor, num_prompts: int, batch_size: int) -> torch.Tensor:
@@ -1421,22 +1451,19 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         text_ids = torch.zeros(prompt_embeds.shape[1], 3, device=device)
         return PromptBranch(prompt_embeds, pooled_prompt_embeds, text_ids, ip_adapter_embeds)
 
-    def prepare_ip_adapter_branches(self, image, image_embeds, negative_image, negative_image_embeds, batch_size):
-        r"""IP-Adapter embeddings of both branches; a black image stands in for a missing one."""
-        given = image is not None or image_embeds is not None
-        negative_given = negative_image is not None or negative_image_embeds is not None
-        if not given and not negative_given:
+    def prepare_ip_adapter_branches(
+        self, image, image_embeds, negative_image, negative_image_embeds, batch_size, do_true_cfg
+    ):
+        r"""IP-Adapter embeddings of the positive and, with true CFG, the negative branch; black if missing."""
+        if all(value is None for value in (image, image_embeds, negative_image, negative_image_embeds)):
             return None, None
         black = np.zeros((224, 224, 3), dtype=np.uint8)
-        if not given:
-            image = black
-        if not negative_given:
-            negative_image = black
-        device = self._execution_device
-        return (
-            self.prepare_ip_adapter_image_embeds(image, image_embeds, device, batch_size),
-            self.prepare_ip_adapter_image_embeds(negative_image, negative_image_embeds, device, batch_size),
-        )
+
+        def prepare(image, embeds):
+            image = black if image is None and embeds is None else image
+            return self.prepare_ip_adapter_image_embeds(image, embeds, self._execution_device, batch_size)
+
+        return prepare(image, image_embeds), prepare(negative_image, negative_image_embeds) if do_true_cfg else None
 
     def get_tile_batches(self, num_tiles: int, tile_batch_size: int) -> list[list[int]]:
         r"""
@@ -1446,7 +1473,8 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         num_batches = math.ceil(num_tiles / tile_batch_size)
         size = math.ceil(num_tiles / num_batches)
         batches = [list(range(start, min(start + size, num_tiles))) for start in range(0, num_tiles, size)]
-        if any(module._compiled_call_impl is not None for module in self.transformer.modules()):
+        modules = self.transformer.modules()
+        if is_compiled_module(self.transformer) or any(item._compiled_call_impl is not None for item in modules):
             batches[-1] += [num_tiles - 1] * (size - len(batches[-1]))
         return batches
 
@@ -1504,7 +1532,9 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         )[0]
         return self.unpack_canvas(velocity.float(), rows * self.vae_scale_factor, columns * self.vae_scale_factor)
 
-    def predict_tile_velocities(self, tiles, timestep, branches, guidance, dino, tile_batches, true_cfg_scale, bar):
+    def predict_tile_velocities(
+        self, tiles, timestep, branches, guidance, dino, tile_batches, true_cfg_scale, progress_bar
+    ):
         r"""Velocities `(num_tiles, batch, latent channels, rows, columns)` of all tiles, batch by batch."""
         velocities = torch.empty_like(tiles)
         batch_size = tiles.shape[1]
@@ -1516,7 +1546,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
                 negative = self.predict_velocity(latents, timestep, branches[1], guidance, batch_dino)
                 velocity = negative + true_cfg_scale * (velocity - negative)
             velocities[indices] = velocity.unflatten(0, (len(indices), batch_size))
-            bar.update()
+            progress_bar.update()
         return velocities
 
     def run_callback(self, callback, index, timestep, tensor_inputs, canvas, branch, plan):
@@ -1745,18 +1775,18 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
 
         # 3. Preprocess the image and encode the prompts
         canvas_image = image if is_latent_image else self.prepare_image(image, height, width)
+        max_sequence_length = self.get_num_text_tokens(prompt, prompt_embeds, max_sequence_length)
         if prompt is None and prompt_embeds is None:
             prompt = "" if self.default_prompt_embeds is None else None
             prompt_embeds, pooled_prompt_embeds = self.default_prompt_embeds or (None, None)
-        if prompt_embeds is not None:
-            max_sequence_length = prompt_embeds.shape[1]
-        ip_embeds, negative_ip_embeds = self.prepare_ip_adapter_branches(*ip_adapter_inputs, batch_size)
+        do_true_cfg = true_cfg_scale > 1 and (negative_prompt is not None or negative_prompt_embeds is not None)
+        ip_embeds, negative_ip_embeds = self.prepare_ip_adapter_branches(*ip_adapter_inputs, batch_size, do_true_cfg)
         branches = [
             self.encode_branch(
                 prompt, prompt_2, prompt_embeds, pooled_prompt_embeds, ip_embeds, batch_size, max_sequence_length
             )
         ]
-        if true_cfg_scale > 1 and (negative_prompt is not None or negative_prompt_embeds is not None):
+        if do_true_cfg:
             branches.append(
                 self.encode_branch(
                     negative_prompt,
@@ -1775,6 +1805,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         if self.dino_projector is not None and dino_conditioning_scale > 0:
             features = self.encode_dino_tiles(canvas_image, plan) if dino_embeds is None else dino_embeds
             features = self.expand_images(features.transpose(0, 1), num_prompts, batch_size).transpose(0, 1)
+            self.warn_outside_training(float(timesteps[0]) / self.scheduler.config.num_train_timesteps)
             dino = self.prepare_dino_tokens(features, plan, float(dino_conditioning_scale))
 
         # 5. Encode the image and add noise
@@ -1783,7 +1814,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             image_latents = canvas_image if is_latent_image else self.encode_tiles(canvas_image, plan, generator)
             image_latents = self.expand_images(image_latents, num_prompts, batch_size)
         latents = self.prepare_tile_latents(
-            image_latents, timesteps[:1].repeat(batch_size), batch_size, plan, dtype, generator, latents
+            image_latents, timesteps[:1].repeat(batch_size), batch_size, plan, generator, latents
         )
 
         # 6. Denoise: with "step" the state is the canvas, with "final" it is the stack of tiles

@@ -1,0 +1,299 @@
+# Copyright 2026 The flux-dino-tile authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Reads image files of every usual kind into five modes, and writes them with their EXIF and ICC profile.
+
+The modes are "L", "LA", "RGB" and "RGBA" with 8 bits per channel, and "F" for 16-bit grey as floats from 0 to 65535
+(Pillow's own 16-bit resize clips between its two passes).
+"""
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import ExifTags, Image, ImageCms, ImageFile, TiffImagePlugin, UnidentifiedImageError
+
+
+WRITE_FORMATS = {
+    ".png": "PNG",
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".jpe": "JPEG",
+    ".jfif": "JPEG",
+    ".webp": "WEBP",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+}
+READ_SUFFIXES = {*WRITE_FORMATS, ".avif", ".bmp", ".gif"}
+MAX_SIDE = {"JPEG": 65535, "WEBP": 16383}
+MAX_JPEG_EXIF = 65533
+SAVE_OPTIONS: dict[str, dict[str, Any]] = {
+    "PNG": {},
+    "JPEG": {"quality": 95, "subsampling": 0},
+    "WEBP": {"quality": 95, "exact": True},
+    # Pillow writes the nested EXIF directories only to uncompressed TIFFs.
+    "TIFF": {"compression": "raw"},
+}
+
+# Tags of a TIFF's first directory that lay out its pixels or belong to other metadata; they are false in another file.
+LAYOUT_TAGS = {
+    *(254, 255, 256, 257, 258, 259, 262, 263, 264, 265, 266, 273, 274, 277, 278, 279, 280, 281, 284, 288, 289, 290),
+    *(291, 292, 293, 297, 301, 317, 318, 319, 320, 321, 322, 323, 324, 325, 330, 332, 333, 334, 336, 338, 339, 340),
+    *(341, 347, 512, 513, 514, 515, 517, 518, 519, 520, 521, 529, 530, 531, 532, 700, 33723, 34377, 34675),
+}
+# Pillow's `exif_transpose` would fail on EXIF that cannot be written again.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+NESTED_TAGS = (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)
+
+
+@dataclass
+class Picture:
+    """An upright image with what belongs to it; `notes` say in words what was lost in reading it."""
+
+    image: Image.Image
+    exif: Image.Exif
+    icc_profile: bytes | None
+    notes: list[str] = field(default_factory=list)
+
+
+def first_line(error: BaseException) -> str:
+    """The error in one line, without the number and path that an `OSError` adds."""
+    lines = str(getattr(error, "strerror", None) or error).strip().splitlines()
+    if isinstance(error, (OSError, ValueError, RuntimeError)) and lines:
+        return lines[0].strip()
+    return ": ".join([type(error).__name__, *lines[:1]])
+
+
+@contextmanager
+def open_image(path: Path) -> Iterator[ImageFile.ImageFile]:
+    """Opens the file without decoding it; an `OSError` says why it cannot be used."""
+    # Given the path, Pillow would map uncompressed TIFFs to memory, and rotated ones then come out scrambled.
+    with open(path, "rb") as file:
+        try:
+            image = Image.open(file)
+        except UnidentifiedImageError:
+            raise OSError(unreadable_reason(file)) from None
+        except Exception as error:  # Pillow's decoders raise anything on broken bytes
+            raise OSError(f"cannot be read: {first_line(error)}") from error
+        if isinstance(image, TiffImagePlugin.TiffImageFile) and has_deep_planes(image):
+            raise OSError("has 16-bit colour in separate planes, which Pillow cannot read: save it with 8 bits")
+        yield image
+
+
+def has_deep_planes(image: TiffImagePlugin.TiffImageFile) -> bool:
+    """Whether each channel is stored apart with more than 8 bits, which Pillow takes for 8 bits without a word."""
+    bits = image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (1,))
+    return image.tag_v2.get(TiffImagePlugin.PLANAR_CONFIGURATION) == 2 and len(bits) > 1 and max(bits) > 8
+
+
+def unreadable_reason(file: BinaryIO) -> str:
+    file.seek(0)
+    start = file.read(4)
+    if not start:
+        return "is empty"
+    if start in (b"II*\0", b"MM\0*"):
+        return "is a TIFF whose kind of pixels Pillow cannot read, or broken: save it with 8 bits per channel"
+    return "is not an image that Pillow can read"
+
+
+def upright_size(path: Path) -> tuple[int, int]:
+    """Width and height of the image as it is seen, from the file's header."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with open_image(path) as image:
+            width, height = image.size
+            if isinstance(image, TiffImagePlugin.TiffImageFile):
+                # The size of a TIFF is upright already, in newer versions of Pillow.
+                width, height = (image.tag_v2[tag] for tag in (256, 257))
+            is_turned = read_exif(image).get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    return (height, width) if is_turned else (width, height)
+
+
+def read_picture(path: Path) -> Picture:
+    """Reads the first frame, turned upright. Raises `OSError` if the file is no readable image."""
+    with warnings.catch_warnings():
+        # What Pillow warns of is either an error here or a note.
+        warnings.simplefilter("ignore")
+        with open_image(path) as image:
+            try:
+                return convert_picture(image)
+            except Exception as error:  # as in `open_image`
+                raise OSError(f"cannot be read: {first_line(error)}") from error
+
+
+def convert_picture(file: ImageFile.ImageFile) -> Picture:
+    notes = []
+    if (num_frames := getattr(file, "n_frames", 1)) > 1:
+        notes.append(f"only the first of {num_frames} frames is enlarged")
+    storage = str(file.tile)
+    icc_profile = file.info.get("icc_profile")
+    transparent = file.info.get("transparency")
+    # Loading turns a TIFF upright and takes the tag away.
+    file.load()
+    stored_exif = read_exif(file)
+    turn = TURNS.get(stored_exif.get(ExifTags.Base.Orientation, 1))
+    image = file.copy() if turn is None else file.transpose(turn)
+    try:
+        exif = portable_exif(stored_exif)
+    except Exception:  # as in `open_image`
+        exif = Image.Exif()
+        notes.append("the EXIF is broken and is not kept")
+
+    # Pillow before 11 reads a 16-bit grey PNG as "I".
+    is_grey_16 = image.mode.startswith("I;16") or (image.mode == "I" and file.format == "PNG")
+    if image.mode in ("I", "F") and not is_grey_16:
+        raise ValueError("32-bit pixels are not supported: save it with 8 or 16 bits")
+    if ";16" in storage and not is_grey_16:
+        notes.append("16 bits per channel are read as 8")
+
+    if is_grey_16:
+        image = image.convert("F")
+        if transparent is not None:
+            alpha = np.where(np.asarray(image) == transparent, 0, 255).astype(np.uint8)
+            image = grey_integers(image, 255)
+            image.putalpha(Image.fromarray(alpha))
+            notes.append("16 bits are read as 8 beside the transparency")
+    elif image.mode in ("CMYK", "LAB", "YCbCr"):
+        image, icc_profile = to_srgb(image, icc_profile)
+    elif image.has_transparency_data:
+        is_grey = image.mode in ("1", "L", "LA", "La") or "'LA;16B'" in storage
+        image = image.convert("RGBA").convert("LA") if is_grey else image.convert("RGBA")
+    else:
+        image = image.convert("L" if image.mode in ("1", "L") else "RGB")
+    image.info = {}
+    return Picture(image, exif, icc_profile, notes)
+
+
+def to_srgb(image: Image.Image, icc_profile: bytes | None) -> tuple[Image.Image, bytes | None]:
+    """An RGB version of the image; through its ICC profile, then with an sRGB profile, if it has one that fits."""
+    try:
+        source = ImageCms.ImageCmsProfile(BytesIO(icc_profile or b""))
+        target = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+        return ImageCms.ImageCmsTransform(source, target, image.mode, "RGB").apply(image), target.tobytes()
+    except (OSError, ValueError, ImageCms.PyCMSError):
+        return image.convert("RGB"), None
+
+
+def read_exif(image: Image.Image) -> Image.Exif:
+    try:
+        return image.getexif()
+    except Exception:  # as in `open_image`
+        return Image.Exif()
+
+
+def portable_exif(exif: Image.Exif) -> Image.Exif:
+    """A copy without orientation, thumbnail and what describes only the pixels of the file that it came from."""
+    copy = Image.Exif()
+    for tag, value in exif.items():
+        if tag not in LAYOUT_TAGS and tag not in NESTED_TAGS:
+            copy[tag] = value
+    for tag in NESTED_TAGS:
+        if nested := dict(exif.get_ifd(tag)):
+            # It says which rules the camera's file followed, and Pillow does not write it to TIFFs.
+            nested.pop(ExifTags.IFD.Interop, None)
+            copy[tag] = nested
+    copy.tobytes()  # raises on values that cannot be written
+    return copy
+
+
+def grey_integers(image: Image.Image, maximum: int) -> Image.Image:
+    """Mode "F" as grey of 8 bits (`maximum` 255) or 16 bits (65535)."""
+    values = np.clip(np.rint(np.asarray(image) * (maximum / 65535)), 0, maximum)
+    return Image.fromarray(values.astype(np.uint8 if maximum == 255 else np.uint16))
+
+
+def check_writable(path: Path, size: tuple[int, int]) -> None:
+    """Raises before the work what would make `write_picture` fail after it; creates the folder."""
+    image_format = WRITE_FORMATS[path.suffix.lower()]
+    if max(size) > MAX_SIDE.get(image_format, max(size)):
+        raise ValueError(
+            f"{size[0]}x{size[1]} px is more than the {MAX_SIDE[image_format]} px that {image_format} can hold: "
+            "give an output that ends in .png or .tif"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(temporary_path(path), "wb"):
+        pass
+    temporary_path(path).unlink()
+
+
+def temporary_path(path: Path) -> Path:
+    return path.with_name(f".upscale-{os.getpid()}.tmp")
+
+
+def write_picture(picture: Picture, path: Path, software: str) -> list[str]:
+    """
+    Writes the picture in the format of the path's suffix, wholly or not at all.
+
+    Args:
+        software (`str`): Text for the EXIF tag Software.
+
+    Returns:
+        `list[str]`: What the format could not hold, in words.
+    """
+    image_format = WRITE_FORMATS[path.suffix.lower()]
+    image, notes = storable_image(picture.image, image_format)
+    exif = picture.exif
+    exif[ExifTags.Base.Software] = software
+    if nested := exif.get(ExifTags.IFD.Exif):
+        nested[ExifTags.Base.ExifImageWidth], nested[ExifTags.Base.ExifImageHeight] = image.size
+
+    exif_bytes = exif.tobytes()
+    if image_format == "JPEG" and len(exif_bytes) > MAX_JPEG_EXIF:
+        exif = Image.Exif()
+        exif[ExifTags.Base.Software] = software
+        exif_bytes = exif.tobytes()
+        notes.append("the EXIF is too long for JPEG and is not kept")
+
+    temporary = temporary_path(path)
+    try:
+        with open(temporary, "w+b") as file:
+            image.save(
+                file,
+                format=image_format,
+                exif=exif_bytes,
+                icc_profile=picture.icc_profile,
+                **SAVE_OPTIONS[image_format],
+            )
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return notes
+
+
+def storable_image(image: Image.Image, image_format: str) -> tuple[Image.Image, list[str]]:
+    """The image in a mode that the format can hold, and what was lost."""
+    if image.mode == "F":
+        if image_format in ("PNG", "TIFF"):
+            return grey_integers(image, 65535), []
+        return grey_integers(image, 255), [f"16 bits become 8 in {image_format}"]
+    if image_format == "JPEG" and image.mode in ("LA", "RGBA"):
+        color, alpha = image.convert(image.mode[:-1]), image.getchannel("A")
+        return Image.composite(color, Image.new(color.mode, color.size, "white"), alpha), [
+            "the transparent parts become white: JPEG has no transparency"
+        ]
+    return image, []

@@ -1,0 +1,547 @@
+# Copyright 2026 The flux-dino-tile authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Enlarges a photo, or a folder of photos: bicubic, or with FLUX.1 and DINO (`--use-flux`)."""
+
+import argparse
+import json
+import math
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from image_files import (
+    READ_SUFFIXES,
+    WRITE_FORMATS,
+    check_writable,
+    first_line,
+    grey_integers,
+    read_picture,
+    upright_size,
+    write_picture,
+)
+
+
+# torch and the pipeline take seconds to import, so only the functions that need them do it.
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+TEXT_TOKENS = 512
+DINO_TOKENS = 256
+
+# The options that mean something to FLUX only; the ones in PICTURE_OPTIONS decide what the picture looks like.
+FLUX_DEFAULTS = {
+    "model": None,
+    "projector": None,
+    "prompt": None,
+    "dino_strength": None,
+    "start_sigma": None,
+    "steps": None,
+    "guidance": None,
+    "tile_size": None,
+    "tile_overlap": 64,
+    "tile_batch_size": 1,
+    "seed": 0,
+    "device": None,
+    "dtype": None,
+    "offload": "none",
+    "color_fix": None,
+    "compile": False,
+}
+PICTURE_OPTIONS = [name for name in FLUX_DEFAULTS if name not in ("tile_batch_size", "device", "offload", "compile")]
+PLAN_OPTIONS = ("model", "tile_size", "tile_overlap")
+
+EXPECTED_ERRORS = (OSError, ValueError, RuntimeError, MemoryError)
+
+
+class UsageError(Exception):
+    """The command cannot be carried out as given; the message is one line."""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UsageError(message)
+
+
+class Job(NamedTuple):
+    source: Path
+    target: Path
+
+
+def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
+    """An argparse type: an int or float from `low` to `high`."""
+    noun = "a whole number" if kind is int else "a number"
+    limits = f"of at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or value == math.inf:
+            raise argparse.ArgumentTypeError(f"must be {noun} {limits}, not {text!r}")
+        return value
+
+    return parse
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog="upscale.py",
+        usage="%(prog)s [options] input [output]",
+        description="Enlarge a photo, or every photo in a folder, 1 to 8 times. Bicubic by default; with --use-flux,\n"
+        "FLUX.1 invents the detail, tile by tile, told by DINO features what each tile shows.",
+        epilog="examples:\n"
+        "  upscale.py photo.jpg --scale 4\n"
+        "  upscale.py photos/ enlarged/ --scale 2\n"
+        "  upscale.py photo.jpg --use-flux --model black-forest-labs/FLUX.1-schnell --offload model\n\n"
+        "EXIF, ICC profile, transparency and 16-bit grey are kept; the settings go to the EXIF tag Software.\n"
+        "Exit status: 0 all done, 1 an image failed, 2 wrong usage.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("input", type=Path, help="image file, or folder that is searched with its subfolders")
+    parser.add_argument(
+        "output_argument",
+        metavar="output",
+        nargs="?",
+        type=Path,
+        help="output file (.png, .jpg, .webp or .tif) or folder (default: photo_x4.jpg beside photo.jpg, and "
+        "photos_x4/ beside photos/; formats that cannot be written become .png)",
+    )
+    parser.add_argument("-o", "--output", type=Path, help="the same as the second argument")
+    parser.add_argument(
+        "--scale", type=number(float, 1, 8), default=4.0, help="enlargement of both sides, 1 to 8 (default: 4)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="make outputs that are already there anew")
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="print each image's FLUX tiles and their cost and stop; needs no model, but reads the architecture from "
+        "--model if that is a folder (default: that of FLUX.1)",
+    )
+    parser.add_argument("--use-flux", action="store_true", help="enlarge with FLUX.1 instead of bicubic")
+
+    def group(title: str) -> Callable:
+        add = parser.add_argument_group(title).add_argument
+        return partial(add, default=argparse.SUPPRESS)
+
+    add = group("model (with --use-flux)")
+    add("--model", help="folder or Hub repository of a FLUX.1 pipeline (required for now)")
+    add(
+        "--projector",
+        help="folder or Hub repository with a dino_projector/ (default: the model's own, if it has one)",
+    )
+
+    add = group("picture (with --use-flux)")
+    add("--prompt", metavar="TEXT", help="what the image shows (default: no prompt)")
+    add(
+        "--dino-strength",
+        metavar="FACTOR",
+        type=number(float, 0, 100),
+        help="weight of the DINO features, 0 to 100; 0 is off (default: 1)",
+    )
+    add(
+        "--start-sigma",
+        metavar="SIGMA",
+        type=number(float, 0.01, 1),
+        help="share of noise at the start, 0.01 to 1: the more, the more is invented (default: 0.35)",
+    )
+    add(
+        "--steps",
+        metavar="N",
+        type=number(int, 1),
+        help="denoising steps (default: 4 with schnell, 12 with dev)",
+    )
+    add(
+        "--guidance",
+        metavar="FACTOR",
+        type=number(float, 0, 1000),
+        help="guidance scale, 0 to 1000; FLUX.1-schnell ignores it (default: 3.5)",
+    )
+    add("--seed", metavar="N", type=number(int, 0, 2**64 - 1), help="seed of the noise (default: 0)")
+    add(
+        "--color-fix",
+        choices=["none", "wavelet", "adain"],
+        help="match the colours to the input: its low frequencies, or its mean and spread (default: none)",
+    )
+
+    add = group("tiles (with --use-flux or --plan)")
+    add(
+        "--tile-size",
+        metavar="PX",
+        type=number(int, 16),
+        help="side of a tile in pixels of the output, a multiple of 16 (default: the size that costs least)",
+    )
+    add(
+        "--tile-overlap",
+        metavar="PX",
+        type=number(int, 0),
+        help="least overlap of two tiles in pixels of the output (default: 64)",
+    )
+    add("--tile-batch-size", metavar="N", type=number(int, 1), help="tiles that run at once (default: 1)")
+
+    add = group("machine (with --use-flux)")
+    add("--device", help="cuda, cuda:1, mps or cpu (default: the first of them that is there)")
+    add(
+        "--dtype",
+        choices=["bfloat16", "float16", "float32"],
+        help="number format of the models (default: bfloat16, on the CPU float32)",
+    )
+    add(
+        "--offload",
+        choices=["none", "model", "group", "sequential"],
+        help="keep the models in main memory and move to the device, when they are needed, whole models, blocks "
+        "ahead of time, or layers one by one: from fast to small (default: none)",
+    )
+    add("--compile", action="store_true", help="compile the transformer: minutes at first, faster steps after")
+    return parser
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    args = build_parser().parse_args(argv)
+    given = [name for name in FLUX_DEFAULTS if name in args]
+    for name in given:
+        if not (args.use_flux or (args.plan and name in PLAN_OPTIONS)):
+            raise UsageError(f"--{name.replace('_', '-')} needs --use-flux")
+    for name, default in FLUX_DEFAULTS.items():
+        if name not in given:
+            setattr(args, name, default)
+    if args.color_fix == "none":
+        args.color_fix = None
+
+    if args.output and args.output_argument:
+        raise UsageError("the output is given twice")
+    args.output = args.output or args.output_argument
+    if args.tile_size and args.tile_size % 16:
+        raise UsageError(f"argument --tile-size: must be a multiple of 16 px, not {args.tile_size}")
+    if args.tile_size and args.tile_overlap >= args.tile_size:
+        raise UsageError(f"argument --tile-overlap: must be below the {args.tile_size} px of --tile-size")
+    if args.model is not None:
+        check_repository("--model", args.model, "model_index.json")
+    if args.use_flux and not args.plan:
+        check_flux_arguments(args)
+    return args
+
+
+def check_flux_arguments(args: argparse.Namespace) -> None:
+    """What can be known to be wrong before torch is imported."""
+    if args.model is None:
+        raise UsageError("--use-flux needs --model for now: no small checkpoint comes with this program yet")
+    if args.compile and args.offload in ("group", "sequential"):
+        raise UsageError(f"--compile does not work with --offload {args.offload}")
+    if args.projector is not None:
+        check_repository("--projector", args.projector, "dino_projector/config.json", "config.json")
+
+
+def check_repository(option: str, name: str, *files: str) -> None:
+    """Raises unless `name` is a folder with one of `files`, or could be a Hub repository."""
+    if Path(name).is_dir():
+        if not any(Path(name, file).is_file() for file in files):
+            raise UsageError(f"{option} {name}: the folder has no {files[0]}")
+    elif not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+        raise UsageError(f"{option} {name}: no such folder, and no name of a Hub repository (owner/name)")
+
+
+def find_jobs(source: Path, output: Path | None, scale: float) -> list[Job]:
+    if source.is_dir():
+        # "." and ".." have no name of their own.
+        named = source if source.name.strip(".") else source.resolve()
+        return folder_jobs(source, output or named.with_name(f"{named.name}_x{scale:g}"))
+    if not source.exists():
+        raise UsageError(f"{source}: no such file or folder")
+    suffix = source.suffix if source.suffix.lower() in WRITE_FORMATS else ".png"
+    default = source.with_name(f"{source.stem}_x{scale:g}{suffix}")
+    target = output or default
+    if target.is_dir():
+        target = target / default.name
+    if target.suffix.lower() not in WRITE_FORMATS:
+        raise UsageError(f"{target}: the output must be a folder or end in {', '.join(WRITE_FORMATS)}")
+    if target.exists() and target.samefile(source):
+        raise UsageError(f"{target}: the output would overwrite the input")
+    return [Job(source, target)]
+
+
+def folder_jobs(source: Path, output: Path) -> list[Job]:
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"{output}: the input is a folder, so the output must be one too")
+    if output.resolve() == source.resolve():
+        raise UsageError(f"{output}: the output would overwrite the input")
+    jobs = [Job(path, output / folder_target(path.relative_to(source))) for path in find_images(source, output)]
+    if not jobs:
+        raise UsageError(f"{source}: no images in this folder ({', '.join(sorted(READ_SUFFIXES))})")
+    return jobs
+
+
+def folder_target(path: Path) -> Path:
+    # "a.gif.png", because "a.png" may be in the folder too.
+    return path if path.suffix.lower() in WRITE_FORMATS else path.with_name(f"{path.name}.png")
+
+
+def find_images(folder: Path, left_out: Path) -> list[Path]:
+    """The image files in `folder` and below, without hidden ones and without those in the folder `left_out`."""
+    images = []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [
+            name for name in folders if name[0] != "." and Path(parent, name).resolve() != left_out.resolve()
+        ]
+        paths = [Path(parent, name) for name in files if name[0] != "."]
+        images += [path for path in paths if path.suffix.lower() in READ_SUFFIXES]
+    return sorted(images)
+
+
+def target_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
+    return round(size[0] * scale), round(size[1] * scale)
+
+
+def say(text: str, file=None) -> None:
+    """Prints a line above the progress bars."""
+    tqdm.write(text, file=file or sys.stdout)
+
+
+def say_error(text: str) -> None:
+    say(f"upscale.py: error: {text}", file=sys.stderr)
+
+
+def attempt(step: Callable[..., str], job: Job, *args) -> str:
+    """Does one step for one image; an error becomes one line and the state "failed"."""
+    try:
+        return step(job, *args)
+    except EXPECTED_ERRORS as error:
+        say_error(f"{job.source}: {first_line(error)}")
+        return "failed"
+
+
+def check_job(job: Job, args: argparse.Namespace) -> str:
+    if job.target.exists() and not args.overwrite:
+        say(f"{job.source}: skipped, {job.target} is already there (--overwrite makes it anew)")
+        return "skipped"
+    size = target_size(upright_size(job.source), args.scale)
+    check_writable(job.target, size)
+    if args.use_flux:
+        from pipeline_flux_dino_tile import plan_tiles
+
+        plan_tiles(size[1], size[0], args.tile_size, args.tile_overlap)
+    return "ready"
+
+
+def upscale_file(job: Job, enlarge: Callable, args: argparse.Namespace) -> str:
+    picture = read_picture(job.source)
+    if args.use_flux and picture.image.mode == "F":
+        picture.image = grey_integers(picture.image, 255)
+        picture.notes.append("16 bits become 8 with FLUX")
+    size = target_size(picture.image.size, args.scale)
+    picture.image = enlarge(picture.image, size)
+    lost = write_picture(picture, job.target, software_text(args))
+    for note in picture.notes + lost:
+        say(f"{job.source}: {note}")
+    say(f"{job.source} -> {job.target} ({size[0]}x{size[1]} px)")
+    return "done"
+
+
+def software_text(args: argparse.Namespace) -> str:
+    version = re.findall(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[0]
+    settings = {"method": "flux" if args.use_flux else "bicubic", "scale": args.scale}
+    if args.use_flux:
+        options = vars(args)
+        settings |= {name: options[name] for name in PICTURE_OPTIONS if options[name] is not None}
+    return f"flux-dino-tile {version} {json.dumps(settings)}"
+
+
+def enlarge_bicubic(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    return image.resize(size, Image.Resampling.BICUBIC)
+
+
+def enlarge_flux(pipe, args: argparse.Namespace, image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    import torch
+
+    result = pipe(
+        image=image.convert("RGB"),
+        width=size[0],
+        height=size[1],
+        prompt=args.prompt,
+        start_sigma=args.start_sigma,
+        num_inference_steps=args.steps,
+        guidance_scale=args.guidance,
+        tile_size=args.tile_size,
+        tile_overlap=args.tile_overlap,
+        tile_batch_size=args.tile_batch_size,
+        dino_conditioning_scale=1.0 if args.dino_strength is None else args.dino_strength,
+        color_fix=args.color_fix,
+        # On the CPU, so that a seed means the same noise on every machine.
+        generator=torch.Generator("cpu").manual_seed(args.seed),
+        output_type="pil",
+    ).images[0]
+    if image.mode in ("L", "LA"):
+        result = result.convert("L")
+    if image.mode in ("LA", "RGBA"):
+        result.putalpha(enlarge_bicubic(image.getchannel("A"), size))
+    return result
+
+
+def load_flux(args: argparse.Namespace):
+    """The pipeline on its device. Fills in `args.device` and `args.dtype`."""
+    import torch
+
+    from pipeline_flux_dino_tile import FluxDinoTilePipeline
+
+    args.device = args.device or default_device(torch)
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {args.device}: {first_line(error)}") from None
+    on_cpu = torch.device(args.device).type == "cpu"
+    if on_cpu and args.offload != "none":
+        raise UsageError(f"--offload {args.offload} needs an accelerator, and the device is the CPU")
+    args.dtype = args.dtype or ("float32" if on_cpu else "bfloat16")
+
+    options = {"dtype": getattr(torch, args.dtype), "use_safetensors": True}
+    pipe = load("--model", args.model, partial(FluxDinoTilePipeline.from_pretrained, **options))
+    if args.projector is not None:
+        load("--projector", args.projector, pipe.load_dino_projector)
+    if pipe.dino_projector is None:
+        if args.dino_strength is not None:
+            raise UsageError("--dino-strength needs --projector: the model has no DINO projector")
+        say("no DINO projector: the tiles are not told what they show (--projector gives one)")
+
+    place(pipe, torch.device(args.device), args.offload)
+    if args.compile:
+        pipe.transformer.compile_repeated_blocks(fullgraph=True)
+    return pipe
+
+
+def load(option: str, name: str, loader: Callable):
+    try:
+        return loader(name)
+    except Exception as error:  # on a broken folder the loaders raise anything
+        raise UsageError(f"{option} {name}: {first_line(error)}") from error
+
+
+def default_device(torch) -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def place(pipe, device, offload: str) -> None:
+    if offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    elif offload == "sequential":
+        pipe.enable_sequential_cpu_offload(device=device)
+    elif offload == "group":
+        pipe.enable_group_offload(onload_device=device, offload_type="leaf_level", use_stream=device.type == "cuda")
+    else:
+        pipe.to(device)
+
+
+def read_architecture(model: str | None) -> dict:
+    """Keyword arguments for the plan and the cost, from the configs in a pipeline's folder; empty for FLUX.1's own."""
+    if model is None or not Path(model).is_dir():
+        return {}
+    try:
+        transformer, vae = (
+            json.loads(Path(model, part, "config.json").read_text()) for part in ("transformer", "vae")
+        )
+        return {
+            "inner_dim": transformer["num_attention_heads"] * transformer["attention_head_dim"],
+            "num_layers": transformer["num_layers"] + transformer["num_single_layers"],
+            "pixels_per_token": 2 ** len(vae["block_out_channels"]),
+        }
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"--model {model}: not the folder of a FLUX.1 pipeline ({first_line(error)})") from error
+
+
+def plan_file(job: Job, args: argparse.Namespace, architecture: dict, totals: dict[str, float]) -> str:
+    from pipeline_flux_dino_tile import plan_tiles, transformer_flops
+
+    architecture = dict(architecture)
+    num_layers = architecture.pop("num_layers", 57)
+    size = upright_size(job.source)
+    width, height = target_size(size, args.scale)
+    plan = plan_tiles(height, width, args.tile_size, args.tile_overlap, **architecture)
+    num_tokens = plan.tokens_per_tile + TEXT_TOKENS + DINO_TOKENS
+    tflop = transformer_flops(num_tokens, architecture.get("inner_dim", 3072), num_layers) / 1e12
+    overlaps = [
+        start + length - following
+        for starts, length in ((plan.tops, plan.tile_height), (plan.lefts, plan.tile_width))
+        for start, following in pairwise(starts)
+    ]
+    overlap = f", overlapping {min(overlaps)} to {max(overlaps)} px" if overlaps else ""
+    say(
+        f"{job.source}: {size[0]}x{size[1]} -> {width}x{height} px\n"
+        f"  tiles: {len(plan)} (rows x columns: {len(plan.tops)} x {len(plan.lefts)}) of"
+        f" {plan.tile_width}x{plan.tile_height} px{overlap}\n"
+        f"  tokens per tile: {plan.tokens_per_tile} image + {TEXT_TOKENS} text + {DINO_TOKENS} DINO\n"
+        f"  TFLOP per step: {len(plan) * tflop:.4g} ({tflop:.4g} per tile)"
+    )
+    totals["tiles"] += len(plan)
+    totals["tflop"] += len(plan) * tflop
+    return "planned"
+
+
+def print_plans(jobs: list[Job], args: argparse.Namespace) -> Counter:
+    architecture = read_architecture(args.model)
+    totals: dict[str, float] = {"tiles": 0, "tflop": 0}
+    outcomes = Counter(attempt(plan_file, job, args, architecture, totals) for job in jobs)
+    if len(jobs) > 1:
+        say(f"{outcomes['planned']} images: {totals['tiles']} tiles, {totals['tflop']:.4g} TFLOP per step")
+    return outcomes
+
+
+def upscale(jobs: list[Job], args: argparse.Namespace) -> Counter:
+    outcomes: Counter = Counter()
+    waiting = []
+    for job in jobs:
+        outcome = attempt(check_job, job, args)
+        if outcome == "ready":
+            waiting.append(job)
+        else:
+            outcomes[outcome] += 1
+
+    enlarge: Callable = enlarge_bicubic
+    if args.use_flux and waiting:
+        enlarge = partial(enlarge_flux, load_flux(args), args)
+    # `None` shows the bar on terminals only.
+    for job in tqdm(waiting, unit="image", disable=None if len(waiting) > 1 else True):
+        outcomes[attempt(upscale_file, job, enlarge, args)] += 1
+    if len(jobs) > 1:
+        say(", ".join(f"{outcomes[outcome]} {outcome}" for outcome in ("done", "skipped", "failed")))
+    return outcomes
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        args = parse_arguments(argv)
+        jobs = find_jobs(args.input, args.output, args.scale)
+        outcomes = print_plans(jobs, args) if args.plan else upscale(jobs, args)
+    except UsageError as error:
+        say_error(str(error))
+        return 2
+    except KeyboardInterrupt:
+        say_error("interrupted")
+        return 130
+    return 1 if outcomes["failed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,441 @@
+"""Reading and writing of image files, mode by mode and format by format."""
+
+import struct
+import zlib
+from io import BytesIO
+
+import numpy as np
+import pytest
+from PIL import ExifTags, Image, ImageCms, JpegImagePlugin
+
+import image_files
+from image_files import read_picture, upright_size, write_picture
+
+
+EXIF_IFD, GPS_IFD = ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo
+SUFFIXES = [".png", ".jpg", ".webp", ".tif"]
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+def pixels(mode="RGB", size=(12, 8)):
+    """Smooth random pixels, so that JPEG keeps them nearly."""
+    rng = np.random.default_rng(0)
+    channels = len(Image.new(mode, (1, 1)).getbands())
+    small = [Image.fromarray(rng.integers(0, 256, (3, 3), dtype=np.uint8)) for _ in range(channels)]
+    bands = [band.resize(size, Image.Resampling.BILINEAR) for band in small]
+    return bands[0] if channels == 1 else Image.merge(mode, bands)
+
+
+def grey_16(size=(12, 8)):
+    return Image.fromarray(np.linspace(0, 65535, size[0] * size[1]).astype(np.uint16).reshape(size[::-1]))
+
+
+def camera_exif(orientation=1):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Make] = "Maker"
+    exif[ExifTags.Base.Software] = "camera firmware"
+    exif[ExifTags.Base.Orientation] = orientation
+    exif[EXIF_IFD] = {
+        int(ExifTags.Base.DateTimeOriginal): "2020:01:02 03:04:05",
+        int(ExifTags.Base.ExposureTime): 0.25,
+        int(ExifTags.Base.MakerNote): b"private \x00 bytes",
+        int(ExifTags.Base.ExifImageWidth): 12,
+        int(ExifTags.Base.ExifImageHeight): 8,
+    }
+    exif[GPS_IFD] = {1: "N", 2: (52.0, 30.0, 1.5)}
+    return exif
+
+
+def save(image, path, **options):
+    if path.suffix == ".jpg":
+        options = {"quality": 98, "subsampling": 0, **options}
+    image.save(path, **options)
+    return path
+
+
+def round_trip(source, suffix, software="test"):
+    """Reads a file, writes it, and opens the result."""
+    target = source.with_name(f"result{suffix}")
+    write_picture(read_picture(source), target, software)
+    return Image.open(target)
+
+
+def png_bytes(bits, color_type, width, height, data):
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", width, height, bits, color_type, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def tiff_bytes(bits, planar=1, sample_format=1, size=4):
+    """A black RGB TIFF with channels of `bits` bits, interleaved (`planar` 1) or in separate planes (2)."""
+    strips = 3 if planar == 2 else 1
+    strip = size * size * bits // 8 * 3 // strips
+    tables = 8 + 2 + 12 * 11 + 4
+    first = tables + 12 + 8 * strips
+    offsets = [first + index * strip for index in range(strips)]
+    entries = [
+        *[(256, 3, 1, size), (257, 3, 1, size), (258, 3, 3, tables), (259, 3, 1, 1), (262, 3, 1, 2)],
+        (273, 4, strips, tables + 12 if strips > 1 else offsets[0]),
+        *[(277, 3, 1, 3), (278, 3, 1, size)],
+        (279, 4, strips, tables + 12 + 4 * strips if strips > 1 else strip),
+        *[(284, 3, 1, planar), (339, 3, 3, tables + 6)],
+    ]
+    directory = struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    values = struct.pack("<6H", *[bits] * 3, *[sample_format] * 3)
+    values += struct.pack(f"<{2 * strips}I", *offsets, *[strip] * strips)
+    return b"II*\0" + struct.pack("<I", 8) + directory + struct.pack("<I", 0) + values + bytes(strip * strips)
+
+
+# Pixels
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_opaque_pixels_survive(tmp_path, suffix, mode):
+    image = pixels(mode, (96, 64))
+    result = round_trip(save(image, tmp_path / "in.png"), suffix)
+    # WebP has no grey.
+    assert result.mode == ("RGB" if suffix == ".webp" else mode)
+    difference = np.abs(np.asarray(result.convert(mode)).astype(int) - np.asarray(image))
+    assert difference.max() <= {".png": 0, ".tif": 0, ".jpg": 8, ".webp": 16}[suffix]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".webp", ".tif"])
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+def test_alpha_survives(tmp_path, suffix, mode):
+    image = pixels(mode)
+    result = round_trip(save(image, tmp_path / "in.png"), suffix)
+    assert result.mode == ("RGBA" if suffix == ".webp" else mode)
+    assert np.array_equal(np.asarray(result.getchannel("A")), np.asarray(image.getchannel("A")))
+
+
+def test_jpeg_shows_transparent_parts_white_and_says_so(tmp_path):
+    image = Image.new("RGBA", (16, 8), (200, 0, 0, 255))
+    image.paste((0, 0, 0, 0), (0, 0, 8, 8))
+    picture = read_picture(save(image, tmp_path / "in.png"))
+    notes = write_picture(picture, tmp_path / "out.jpg", "test")
+    result = np.asarray(Image.open(tmp_path / "out.jpg")).astype(int)
+    assert result.shape == (8, 16, 3)
+    assert result[4, 2].min() > 245
+    assert abs(result[4, 13] - [200, 0, 0]).max() < 8
+    assert any("JPEG has no transparency" in note for note in notes)
+
+
+@pytest.mark.parametrize("source_suffix", [".png", ".tif"])
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_grey_16_keeps_all_bits(tmp_path, source_suffix, suffix):
+    image = grey_16()
+    picture = read_picture(save(image, tmp_path / f"in{source_suffix}"))
+    assert picture.image.mode == "F"
+    assert picture.notes == []
+    result = round_trip(tmp_path / f"in{source_suffix}", suffix)
+    assert result.mode == "I;16"
+    assert np.array_equal(np.asarray(result), np.asarray(image))
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".webp"])
+def test_grey_16_becomes_8_bits_where_the_format_has_no_more(tmp_path, suffix):
+    picture = read_picture(save(grey_16(), tmp_path / "in.png"))
+    notes = write_picture(picture, tmp_path / f"out{suffix}", "test")
+    result = np.asarray(Image.open(tmp_path / f"out{suffix}").convert("L")).astype(int)
+    assert np.abs(result - np.asarray(grey_16()) / 257).max() <= 4
+    assert any("16 bits become 8" in note for note in notes)
+
+
+def test_grey_16_with_a_transparent_value_becomes_8_bits_with_alpha(tmp_path):
+    values = np.array([[0, 257], [65535, 257 * 100]], dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / "in.png", transparency=257)
+    picture = read_picture(tmp_path / "in.png")
+    assert picture.image.mode == "LA"
+    assert np.asarray(picture.image).tolist() == [[[0, 255], [1, 0]], [[255, 255], [100, 255]]]
+    assert len(picture.notes) == 1
+
+
+def test_overshoot_of_16_bit_grey_is_clipped_not_wrapped():
+    values = Image.fromarray(np.array([[-300.0, 70000.0, 1000.4, 1000.6]], dtype=np.float32))
+    assert np.asarray(image_files.grey_integers(values, 65535)).tolist() == [[0, 65535, 1000, 1001]]
+    assert np.asarray(image_files.grey_integers(values, 255)).tolist() == [[0, 255, 4, 4]]
+
+
+@pytest.mark.parametrize(("color_type", "mode", "channels"), [(2, "RGB", 3), (4, "LA", 2), (6, "RGBA", 4)])
+def test_16_bit_colour_is_read_as_8_bits_with_a_note(tmp_path, color_type, mode, channels):
+    row = b"\0" + b"".join(bytes([10 * index + 10, 99]) for index in range(channels)) * 4
+    (tmp_path / "in.png").write_bytes(png_bytes(16, color_type, 4, 4, row * 4))
+    picture = read_picture(tmp_path / "in.png")
+    assert picture.image.mode == mode
+    assert picture.image.getpixel((3, 3)) == tuple(10 * index + 10 for index in range(channels))
+    assert picture.notes == ["16 bits per channel are read as 8"]
+
+
+def test_16_bit_rgb_tiff_is_read_as_8_bits_with_a_note(tmp_path):
+    (tmp_path / "in.tif").write_bytes(tiff_bytes(16))
+    assert read_picture(tmp_path / "in.tif").notes == ["16 bits per channel are read as 8"]
+    (tmp_path / "in.tif").write_bytes(tiff_bytes(8))
+    assert read_picture(tmp_path / "in.tif").notes == []
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (tiff_bytes(16, planar=2), "separate planes"),
+        (tiff_bytes(32, sample_format=3), "TIFF whose kind of pixels"),
+        (b"", "is empty"),
+        (b"hello, this is text", "is not an image"),
+        (b"II*\0" + bytes(40), "TIFF"),
+    ],
+)
+def test_unreadable_files_say_why(tmp_path, data, reason):
+    path = tmp_path / "in.tif"
+    path.write_bytes(data)
+    with pytest.raises(OSError, match=reason):
+        read_picture(path)
+    with pytest.raises(OSError, match=reason):
+        upright_size(path)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_truncated_files_are_errors(tmp_path, suffix):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    data = save(noise, tmp_path / f"in{suffix}").read_bytes()
+    (tmp_path / f"in{suffix}").write_bytes(data[: len(data) // 2])
+    with pytest.raises(OSError, match=r"cannot be read|not an image|TIFF") as error:
+        read_picture(tmp_path / f"in{suffix}")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_32_bit_pixels_are_errors(tmp_path, mode):
+    Image.new(mode, (4, 4)).save(tmp_path / "in.tif")
+    with pytest.raises(OSError, match="32-bit pixels"):
+        read_picture(tmp_path / "in.tif")
+
+
+def test_palette_becomes_rgb(tmp_path):
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    image.putdata([0, 1])
+    result = round_trip(save(image, tmp_path / "in.png"), ".png")
+    assert result.mode == "RGB"
+    assert [result.getpixel((x, 0)) for x in (0, 1)] == [(10, 20, 30), (200, 100, 50)]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".gif"])
+def test_transparent_palette_entry_becomes_alpha(tmp_path, suffix):
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    image.putdata([0, 1])
+    image.save(tmp_path / f"in{suffix}", transparency=1)
+    result = round_trip(tmp_path / f"in{suffix}", ".png")
+    assert result.mode == "RGBA"
+    assert result.getpixel((0, 0)) == (10, 20, 30, 255)
+    assert result.getpixel((1, 0))[3] == 0
+
+
+@pytest.mark.parametrize(("mode", "transparent", "expected"), [("L", 7, "LA"), ("RGB", (7, 7, 7), "RGBA")])
+def test_transparent_colour_becomes_alpha(tmp_path, mode, transparent, expected):
+    image = Image.new(mode, (2, 1), transparent)
+    image.putpixel((0, 0), 9 if mode == "L" else (9, 9, 9))
+    image.save(tmp_path / "in.png", transparency=transparent)
+    picture = read_picture(tmp_path / "in.png")
+    assert picture.image.mode == expected
+    assert list(picture.image.getchannel("A").tobytes()) == [255, 0]
+    # A leftover in `info` would make the PNG writer add the transparent colour again.
+    assert "transparency" not in round_trip(tmp_path / "in.png", ".png").info
+
+
+def test_black_and_white_becomes_grey(tmp_path):
+    image = Image.new("1", (4, 2), 1)
+    image.putpixel((0, 0), 0)
+    result = round_trip(save(image, tmp_path / "in.png"), ".png")
+    assert result.mode == "L"
+    assert [result.getpixel((x, 0)) for x in (0, 1)] == [0, 255]
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".tif"])
+def test_cmyk_without_profile_becomes_rgb(tmp_path, suffix):
+    image = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
+    picture = read_picture(save(image, tmp_path / f"in{suffix}"))
+    assert picture.image.mode == "RGB"
+    assert np.abs(np.asarray(picture.image).astype(int) - [255, 0, 0]).max() < 8
+    assert picture.icc_profile is None
+
+
+def test_colours_go_through_the_profile_to_srgb(tmp_path):
+    # There is no CMYK profile to test with; Lab goes the same way.
+    lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB"))
+    image = Image.new("LAB", (4, 4), (150, 170, 90))
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+    expected = ImageCms.ImageCmsTransform(lab, srgb, "LAB", "RGB").apply(image)
+    result, profile = image_files.to_srgb(image, lab.tobytes())
+    assert result.getpixel((0, 0)) == expected.getpixel((0, 0))
+    assert profile is not None
+    assert "sRGB" in ImageCms.getProfileDescription(ImageCms.ImageCmsProfile(BytesIO(profile)))
+
+
+@pytest.mark.parametrize("profile", [b"broken", SRGB])
+def test_a_profile_that_does_not_fit_is_dropped(tmp_path, profile):
+    image = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
+    picture = read_picture(save(image, tmp_path / "in.jpg", icc_profile=profile))
+    assert picture.icc_profile is None
+    assert np.abs(np.asarray(picture.image).astype(int) - [255, 0, 0]).max() < 8
+
+
+@pytest.mark.parametrize("suffix", [".png", ".gif", ".webp", ".tif"])
+def test_animations_give_their_first_frame_and_a_note(tmp_path, suffix):
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "lime", "blue")]
+    frames[0].save(tmp_path / f"in{suffix}", save_all=True, append_images=frames[1:])
+    picture = read_picture(tmp_path / f"in{suffix}")
+    red, green, blue = np.asarray(picture.image)[4, 4, :3]
+    assert red > 240
+    assert max(green, blue) < 15
+    assert picture.notes == ["only the first of 3 frames is enlarged"]
+
+
+# Metadata
+
+
+@pytest.mark.parametrize("source_suffix", SUFFIXES)
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_exif_survives_from_every_format_to_every_format(tmp_path, source_suffix, suffix):
+    source = save(pixels(), tmp_path / f"in{source_suffix}", exif=camera_exif().tobytes())
+    picture = read_picture(source)
+    picture.image = picture.image.resize((24, 16))
+    write_picture(picture, tmp_path / f"out{suffix}", 'program 1.0 {"a": 1}')
+
+    result = Image.open(tmp_path / f"out{suffix}")
+    assert result.size == (24, 16)
+    exif = result.getexif()
+    assert exif[ExifTags.Base.Make] == "Maker"
+    assert exif[ExifTags.Base.Software] == 'program 1.0 {"a": 1}'
+    assert ExifTags.Base.Orientation not in exif
+    nested = exif.get_ifd(EXIF_IFD)
+    assert nested[ExifTags.Base.DateTimeOriginal] == "2020:01:02 03:04:05"
+    assert nested[ExifTags.Base.ExposureTime] == 0.25
+    assert nested[ExifTags.Base.MakerNote] == b"private \x00 bytes"
+    assert (nested[ExifTags.Base.ExifImageWidth], nested[ExifTags.Base.ExifImageHeight]) == (24, 16)
+    assert exif.get_ifd(GPS_IFD)[2] == (52.0, 30.0, 1.5)
+    if suffix != ".tif":
+        assert not set(exif) & image_files.LAYOUT_TAGS
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_software_tag_is_written_without_other_exif(tmp_path, suffix):
+    result = round_trip(save(pixels(), tmp_path / "in.png"), suffix, software="program 1.0")
+    assert result.getexif()[ExifTags.Base.Software] == "program 1.0"
+    assert EXIF_IFD not in result.getexif()
+
+
+@pytest.mark.parametrize("source_suffix", SUFFIXES)
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_is_applied_and_dropped(tmp_path, source_suffix, orientation):
+    upright = Image.new("L", (16, 8), 0)
+    upright.paste(255, (0, 0, 8, 4))
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Image.Transpose that the viewer's turn undoes
+    stored = upright if orientation == 1 else upright.transpose(Image.Transpose(undo[orientation]))
+    source = save(stored, tmp_path / f"in{source_suffix}", exif=camera_exif(orientation).tobytes())
+    assert upright_size(source) == (16, 8)
+    result = round_trip(source, ".png")
+    assert ExifTags.Base.Orientation not in result.getexif()
+    assert np.abs(np.asarray(result.convert("L")).astype(int) - np.asarray(upright)).max() < 64
+
+
+@pytest.mark.parametrize("source_suffix", SUFFIXES)
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_icc_profile_survives(tmp_path, source_suffix, suffix):
+    source = save(pixels(), tmp_path / f"in{source_suffix}", icc_profile=SRGB)
+    assert round_trip(source, suffix).info["icc_profile"] == SRGB
+
+
+def test_broken_exif_is_dropped_with_a_note_but_still_turns_the_image(tmp_path):
+    # Orientation 6, and a resolution that is a text.
+    entries = struct.pack("<HHIHH", 274, 3, 1, 6, 0) + struct.pack("<HHI4s", 282, 2, 4, b"abc\0")
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4)
+    save(pixels(), tmp_path / "in.jpg", exif=exif)
+    picture = read_picture(tmp_path / "in.jpg")
+    assert picture.image.size == upright_size(tmp_path / "in.jpg") == (8, 12)
+    assert picture.notes == ["the EXIF is broken and is not kept"]
+    write_picture(picture, tmp_path / "out.jpg", "test")
+    assert dict(Image.open(tmp_path / "out.jpg").getexif()) == {ExifTags.Base.Software: "test"}
+
+
+def test_exif_that_jpeg_cannot_hold_is_dropped_with_a_note(tmp_path):
+    exif = camera_exif()
+    exif[EXIF_IFD][ExifTags.Base.MakerNote] = bytes(66000)
+    picture = read_picture(save(pixels(), tmp_path / "in.png", exif=exif.tobytes()))
+    assert write_picture(picture, tmp_path / "out.png", "test") == []
+    assert write_picture(picture, tmp_path / "out.jpg", "test") == ["the EXIF is too long for JPEG and is not kept"]
+    assert dict(Image.open(tmp_path / "out.jpg").getexif()) == {ExifTags.Base.Software: "test"}
+
+
+# Writing
+
+
+def test_jpeg_is_4_4_4_of_quality_95(tmp_path):
+    result = round_trip(save(pixels(), tmp_path / "in.png"), ".jpg")
+    assert JpegImagePlugin.get_sampling(result) == 0
+    expected = BytesIO()
+    Image.new("RGB", (8, 8)).save(expected, "JPEG", quality=95)
+    assert result.quantization == Image.open(expected, formats=["JPEG"]).quantization  # type: ignore[attr-defined]
+
+
+def test_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    picture = read_picture(save(pixels(), tmp_path / "in.png"))
+    (tmp_path / "out.png").write_bytes(b"old")
+
+    def fail(self, file, **options):
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_picture(picture, tmp_path / "out.png", "test")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.png", "out.png"]
+    assert (tmp_path / "out.png").read_bytes() == b"old"
+
+
+def test_the_file_appears_only_when_it_is_whole(tmp_path, monkeypatch):
+    picture = read_picture(save(pixels(), tmp_path / "in.png"))
+    real_save, seen = Image.Image.save, []
+
+    def watch(self, file, **options):
+        real_save(self, file, **options)
+        seen.append((tmp_path / "out.png").exists())
+
+    monkeypatch.setattr(Image.Image, "save", watch)
+    write_picture(picture, tmp_path / "out.png", "test")
+    assert seen == [False]
+    assert (tmp_path / "out.png").exists()
+
+
+def test_the_file_has_the_permissions_of_any_new_file(tmp_path):
+    round_trip(save(pixels(), tmp_path / "in.png"), ".png")
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "result.png").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "fits"),
+    [
+        ("a.jpg", (65535, 10), True),
+        ("a.jpg", (10, 65536), False),
+        ("a.webp", (16383, 10), True),
+        ("a.WEBP", (16384, 10), False),
+        ("a.png", (100000, 10), True),
+        ("a.tif", (10, 100000), True),
+    ],
+)
+def test_size_limits_of_formats(tmp_path, name, size, fits):
+    if fits:
+        image_files.check_writable(tmp_path / "new folder" / name, size)
+        assert list((tmp_path / "new folder").iterdir()) == []
+    else:
+        with pytest.raises(ValueError, match=f"{size[0]}x{size[1]} px is more than"):
+            image_files.check_writable(tmp_path / name, size)
+
+
+def test_a_folder_that_cannot_be_written_to_is_known_before_the_work():
+    with pytest.raises(OSError, match="proc"):
+        image_files.check_writable(image_files.Path("/proc/upscale-test/out.png"), (10, 10))

@@ -1,0 +1,567 @@
+"""The command line `scripts/upscale.py`: bicubic on real files, FLUX on the tiny model."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import upscale
+from PIL import ExifTags, Image
+
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "scripts" / "upscale.py"
+BICUBIC = Image.Resampling.BICUBIC
+
+
+def photo(mode="RGB", size=(20, 12)):
+    rng = np.random.default_rng(1)
+    channels = len(Image.new(mode, (1, 1)).getbands())
+    bands = [Image.fromarray(rng.integers(0, 256, size[::-1], dtype=np.uint8)) for _ in range(channels)]
+    return bands[0] if channels == 1 else Image.merge(mode, bands)
+
+
+def run(*arguments):
+    return upscale.main([str(argument) for argument in arguments])
+
+
+def usage_error(capsys, *arguments):
+    """Runs a command that must fail with exit code 2 and one line on stderr, which it returns."""
+    assert run(*arguments) == 2
+    output, errors = capsys.readouterr()
+    assert output == ""
+    assert errors.count("\n") == 1
+    assert errors.startswith("upscale.py: error: ")
+    return errors
+
+
+def settings_of(path):
+    name, version, settings = Image.open(path).getexif()[ExifTags.Base.Software].split(" ", 2)
+    assert (name, version) == ("flux-dino-tile", "0.1.0")
+    return json.loads(settings)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """`tmp_path` as the working folder, with `photo.png` in it."""
+    photo().save(tmp_path / "photo.png")
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    from tiny_models import save_tiny_pipeline
+
+    directory = tmp_path_factory.mktemp("tiny") / "model"
+    save_tiny_pipeline(directory, with_dino=True)
+    return directory
+
+
+# Bicubic
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA"])
+@pytest.mark.parametrize(("scale", "size"), [("4", (80, 48)), ("1", (20, 12)), ("2.33", (47, 28))])
+def test_bicubic_is_pillows_bicubic(tmp_path, mode, scale, size):
+    photo(mode).save(tmp_path / "in.png")
+    assert run(tmp_path / "in.png", tmp_path / "out.png", "--scale", scale) == 0
+    result = Image.open(tmp_path / "out.png")
+    assert result.mode == mode
+    assert np.array_equal(np.asarray(result), np.asarray(photo(mode).resize(size, BICUBIC)))
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_bicubic_keeps_16_bit_grey(tmp_path, suffix):
+    values = np.random.default_rng(0).integers(0, 65536, (12, 20)).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / f"in{suffix}")
+    assert run(tmp_path / f"in{suffix}", tmp_path / f"out{suffix}") == 0
+    result = Image.open(tmp_path / f"out{suffix}")
+    expected = np.asarray(Image.fromarray(values.astype(np.float32)).resize((80, 48), BICUBIC))
+    assert result.mode == "I;16"
+    assert np.array_equal(np.asarray(result), np.clip(np.rint(expected), 0, 65535))
+
+
+def test_rotated_photo_comes_out_upright(tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    photo(size=(20, 12)).save(tmp_path / "in.png", exif=exif)
+    assert run(tmp_path / "in.png", tmp_path / "out.png", "--scale", "2") == 0
+    result = Image.open(tmp_path / "out.png")
+    turned = photo(size=(20, 12)).transpose(Image.Transpose.ROTATE_270)
+    assert np.array_equal(np.asarray(result), np.asarray(turned.resize((24, 40), BICUBIC)))
+    assert ExifTags.Base.Orientation not in result.getexif()
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif"])
+def test_settings_are_in_the_software_tag(folder, suffix):
+    assert run(folder / "photo.png", folder / f"out{suffix}", "--scale", "2") == 0
+    assert settings_of(folder / f"out{suffix}") == {"method": "bicubic", "scale": 2.0}
+
+
+def test_bicubic_never_imports_torch(folder):
+    code = f"import sys, upscale; upscale.main([{str(folder / 'photo.png')!r}]); print('torch' in sys.modules)"
+    env = {**os.environ, "PYTHONPATH": str(SCRIPT.parent)}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert result.stdout.splitlines()[-1] == "False"
+    assert (folder / "photo_x4.png").exists()
+
+
+# Where the output goes
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("a.png", [], "a_x4.png"),
+        ("a.JPG", [], "a_x4.JPG"),
+        ("a.jpeg", ["--scale", "2"], "a_x2.jpeg"),
+        ("a.webp", ["--scale", "1.5"], "a_x1.5.webp"),
+        ("a.tiff", [], "a_x4.tiff"),
+        ("a.bmp", [], "a_x4.png"),
+        ("a.gif", [], "a_x4.png"),
+    ],
+)
+def test_default_output_is_beside_the_input(tmp_path, name, options, expected):
+    photo().save(tmp_path / name)
+    assert run(tmp_path / name, *options) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, expected])
+    assert Image.open(tmp_path / expected).format == upscale.WRITE_FORMATS[Path(expected).suffix.lower()]
+
+
+def test_output_may_be_an_option_or_a_folder_or_in_a_new_folder(folder):
+    assert run(folder / "photo.png", "-o", folder / "new" / "b.webp") == 0
+    assert run(folder / "photo.png", folder / "new") == 0
+    assert sorted(path.name for path in (folder / "new").iterdir()) == ["b.webp", "photo_x4.png"]
+
+
+def test_folder_keeps_its_structure(tmp_path, capsys, monkeypatch):
+    source = tmp_path / "photos"
+    (source / "deep" / "er").mkdir(parents=True)
+    (source / ".hidden").mkdir()
+    for name in ("a.png", "b.JPG", "deep/c.webp", "deep/er/d.gif", "._a.png", ".hidden/e.png"):
+        photo().save(source / name, format="GIF" if name.endswith("gif") else "PNG")
+    (source / "notes.txt").write_text("no image")
+    monkeypatch.chdir(source)
+    assert run(".", "--scale", "2") == 0
+    results = sorted(str(path.relative_to(tmp_path / "photos_x2")) for path in (tmp_path / "photos_x2").rglob("*.*"))
+    assert results == ["a.png", "b.JPG", "deep/c.webp", "deep/er/d.gif.png"]
+    assert Image.open(tmp_path / "photos_x2" / "deep" / "c.webp").size == (40, 24)
+    assert capsys.readouterr().out.splitlines()[-1] == "4 done, 0 skipped, 0 failed"
+
+
+def test_results_inside_the_input_folder_are_not_enlarged_again(folder, capsys):
+    for _ in range(2):
+        assert run(folder, folder / "large") == 0
+    assert sorted(path.name for path in folder.rglob("*.png")) == ["photo.png", "photo.png"]
+    assert "skipped" in capsys.readouterr().out
+
+
+def test_second_run_skips_and_overwrite_does_not(folder, capsys):
+    arguments = (folder / "photo.png", folder / "out.png")
+    assert run(*arguments) == 0
+    before = (folder / "out.png").read_bytes()
+    capsys.readouterr()
+
+    assert run(*arguments, "--scale", "2") == 0
+    output, errors = capsys.readouterr()
+    assert "skipped" in output
+    assert "--overwrite" in output
+    assert errors == ""
+    assert (folder / "out.png").read_bytes() == before
+
+    assert run(*arguments, "--scale", "2", "--overwrite") == 0
+    assert Image.open(folder / "out.png").size == (40, 24)
+
+
+# Errors of single images
+
+
+def test_one_broken_file_does_not_stop_a_folder(folder, capsys):
+    photo().save(folder / "also good.jpg")
+    (folder / "broken.png").write_bytes((folder / "photo.png").read_bytes()[:300])
+    (folder / "empty.jpg").touch()
+    (folder / "text.webp").write_text("no image")
+    output_folder = folder.with_name(f"{folder.name}_large")
+    (output_folder).mkdir()
+    photo().save(output_folder / "photo.png")
+    assert run(folder, output_folder) == 1
+    output, errors = capsys.readouterr()
+    assert output.splitlines()[-1] == "1 done, 1 skipped, 3 failed"
+    assert len(errors.splitlines()) == 3
+    for name, reason in (
+        ("broken.png", "cannot be read"),
+        ("empty.jpg", "is empty"),
+        ("text.webp", "is not an image"),
+    ):
+        assert any(f"{folder / name}: {reason}" in line for line in errors.splitlines())
+    assert sorted(path.name for path in output_folder.iterdir()) == ["also good.jpg", "photo.png"]
+
+
+def test_a_file_that_fails_gives_exit_code_1(tmp_path, capsys):
+    (tmp_path / "text.png").write_text("no image")
+    assert run(tmp_path / "text.png") == 1
+    assert (
+        capsys.readouterr().err
+        == f"upscale.py: error: {tmp_path / 'text.png'}: is not an image that Pillow can read\n"
+    )
+
+
+def test_size_limits_are_known_before_the_work(tmp_path, capsys, monkeypatch):
+    Image.new("L", (5000, 2)).save(tmp_path / "in.png")
+    monkeypatch.setattr(upscale, "read_picture", None)
+    assert run(tmp_path / "in.png", tmp_path / "out.webp") == 1
+    assert "20000x8 px is more than the 16383 px that WEBP can hold" in capsys.readouterr().err
+
+
+def test_losses_are_said(tmp_path, capsys):
+    Image.fromarray(np.zeros((4, 4), dtype=np.uint16)).save(tmp_path / "deep.png")
+    Image.new("RGB", (4, 4)).save(
+        tmp_path / "moves.gif", save_all=True, append_images=[Image.new("RGB", (4, 4), "red")]
+    )
+    assert run(tmp_path / "deep.png", tmp_path / "out.jpg") == 0
+    assert run(tmp_path / "moves.gif") == 0
+    output = capsys.readouterr().out
+    assert f"{tmp_path / 'deep.png'}: 16 bits become 8 in JPEG" in output
+    assert f"{tmp_path / 'moves.gif'}: only the first of 2 frames is enlarged" in output
+
+
+def test_interrupt_is_one_line(folder, capsys, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(upscale, "enlarge_bicubic", interrupt)
+    assert run(folder / "photo.png") == 130
+    assert capsys.readouterr().err == "upscale.py: error: interrupted\n"
+    assert [path.name for path in folder.iterdir()] == ["photo.png"]
+
+
+# Wrong usage
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "input"),
+        (["photo.png", "--scale", "0.5"], "--scale: must be a number from 1 to 8, not '0.5'"),
+        (["photo.png", "--scale", "9"], "--scale: must be"),
+        (["photo.png", "--scale", "nan"], "--scale: must be"),
+        (["photo.png", "--scale", "four"], "--scale: must be"),
+        (["photo.png", "--wrong"], "--wrong"),
+        (["missing.png"], "missing.png: no such file or folder"),
+        (["empty"], "empty: no images in this folder"),
+        (["empty", "--plan"], "empty: no images in this folder"),
+        (["photo.png", "out.xyz"], "out.xyz: the output must be a folder or end in .png"),
+        (["photo.png", "out"], "out: the output must be"),
+        (["photo.png", "photo.png"], "would overwrite the input"),
+        (["photo.png", "photo.png", "--overwrite"], "would overwrite the input"),
+        (["photo.png", "./empty/../photo.png"], "would overwrite the input"),
+        (["photo.png", "a.png", "-o", "b.png"], "given twice"),
+        (["full", "full"], "would overwrite the input"),
+        (["full", "photo.png"], "photo.png: the input is a folder"),
+        (["photo.png", "--use-flux"], "--use-flux needs --model for now"),
+        (["photo.png", "--use-flux", "--model", "empty"], "empty: the folder has no model_index.json"),
+        (["photo.png", "--use-flux", "--model", "no folder"], "no folder: no such folder"),
+        (["photo.png", "--use-flux", "--model", "a/b", "--projector", "empty"], "has no dino_projector/config.json"),
+        (["photo.png", "--use-flux", "--model", "a/b", "--projector", "nothing"], "nothing: no such folder"),
+        (["photo.png", "--use-flux", "--model", "a/b", "--dino-strength", "-1"], "--dino-strength: must be"),
+        (["photo.png", "--use-flux", "--model", "a/b", "--start-sigma", "0"], "--start-sigma: must be"),
+        (["photo.png", "--use-flux", "--model", "a/b", "--start-sigma", "1.1"], "--start-sigma: must be"),
+        (["photo.png", "--use-flux", "--model", "a/b", "--steps", "0"], "--steps: must be a whole number"),
+        (["photo.png", "--use-flux", "--model", "a/b", "--steps", "1.5"], "--steps: must be a whole number"),
+        (["photo.png", "--use-flux", "--model", "a/b", "--guidance", "inf"], "--guidance: must be"),
+        (
+            ["photo.png", "--use-flux", "--model", "a/b", "--tile-size", "1000"],
+            "--tile-size: must be a multiple of 16",
+        ),
+        (["photo.png", "--plan", "--tile-size", "1000"], "--tile-size: must be a multiple of 16"),
+        (["photo.png", "--plan", "--tile-size", "64", "--tile-overlap", "64"], "--tile-overlap: must be below the 64"),
+        (["photo.png", "--use-flux", "--model", "a/b", "--tile-overlap", "-1"], "--tile-overlap: must be"),
+        (["photo.png", "--use-flux", "--model", "a/b", "--tile-batch-size", "0"], "--tile-batch-size: must be"),
+        (["photo.png", "--use-flux", "--model", "a/b", "--seed", "-1"], "--seed: must be"),
+        (["photo.png", "--use-flux", "--model", "a/b", "--offload", "disk"], "--offload: invalid choice"),
+        (["photo.png", "--use-flux", "--model", "a/b", "--dtype", "int8"], "--dtype: invalid choice"),
+        (["photo.png", "--use-flux", "--model", "a/b", "--color-fix", "auto"], "--color-fix: invalid choice"),
+        (["photo.png", "--use-flux", "--model", "a/b", "--compile", "--offload", "group"], "--compile does not work"),
+        (["photo.png", "--plan", "--model", "empty"], "empty: the folder has no model_index.json"),
+    ],
+)
+def test_usage_errors(folder, capsys, monkeypatch, arguments, message):
+    (folder / "empty").mkdir()
+    (folder / "full").mkdir()
+    photo().save(folder / "full" / "a.png")
+    monkeypatch.chdir(folder)
+    before = (folder / "photo.png").read_bytes()
+    assert message in usage_error(capsys, *arguments)
+    assert (folder / "photo.png").read_bytes() == before
+    assert sorted(path.name for path in folder.rglob("*")) == ["a.png", "empty", "full", "photo.png"]
+
+
+@pytest.mark.parametrize("option", upscale.FLUX_DEFAULTS)
+def test_flux_options_need_use_flux(folder, capsys, option):
+    values = {
+        "model": ["owner/name"],
+        "start_sigma": ["0.5"],
+        "dtype": ["float32"],
+        "offload": ["model"],
+        "color_fix": ["adain"],
+        "compile": [],
+    }
+    flag = f"--{option.replace('_', '-')}"
+    command = [folder / "photo.png", flag, *values.get(option, ["16"])]
+    assert usage_error(capsys, *command) == f"upscale.py: error: {flag} needs --use-flux\n"
+    if option in upscale.PLAN_OPTIONS:
+        assert parse(*command, "--tile-overlap", "0", "--plan").plan
+    else:
+        assert usage_error(capsys, *command, "--plan") == f"upscale.py: error: {flag} needs --use-flux\n"
+
+
+def parse(*arguments):
+    return upscale.parse_arguments([str(argument) for argument in arguments])
+
+
+def test_every_option_is_in_the_help_with_its_default(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        run("--help")
+    assert exit_info.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for option in upscale.FLUX_DEFAULTS:
+        assert f"--{option.replace('_', '-')}" in text
+    for name in ("scale", "tile_overlap", "tile_batch_size", "seed", "offload"):
+        default = upscale.FLUX_DEFAULTS.get(name, 4)
+        assert f"(default: {default})" in text.split(f"--{name.replace('_', '-')} ", 1)[1][:400]
+
+
+def test_a_process_prints_errors_without_a_traceback(tmp_path):
+    result = subprocess.run([sys.executable, SCRIPT, "missing.png"], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr == "upscale.py: error: missing.png: no such file or folder\n"
+
+
+def test_a_process_upscales_the_sample(tmp_path):
+    command: list = [sys.executable, SCRIPT, ROOT / "samples" / "photo.jpg", "out.jpg", "--scale", "4"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == f"{ROOT / 'samples' / 'photo.jpg'} -> out.jpg (960x1280 px)\n"
+    assert Image.open(tmp_path / "out.jpg").size == (960, 1280)
+
+
+# The plan
+
+
+def test_plan_prints_what_the_planner_says_and_writes_nothing(tmp_path, capsys):
+    from pipeline_flux_dino_tile import plan_tiles, transformer_flops
+
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (300, 500)).save(tmp_path / "a.jpg", exif=exif)
+    assert run(tmp_path / "a.jpg", "--plan") == 0
+    output = capsys.readouterr().out
+    plan = plan_tiles(1200, 2000)
+    tflop = transformer_flops(plan.tokens_per_tile + 768) / 1e12
+    assert "500x300 -> 2000x1200 px" in output
+    assert f"tiles: {len(plan)} (rows x columns: {len(plan.tops)} x {len(plan.lefts)}) of" in output
+    assert f"{plan.tile_width}x{plan.tile_height} px, overlapping " in output
+    assert f"{plan.tokens_per_tile} image + 512 text + 256 DINO" in output
+    assert f"TFLOP per step: {len(plan) * tflop:.4g} ({tflop:.4g} per tile)" in output
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jpg"]
+
+
+def test_plan_takes_tile_options_and_the_models_architecture(folder, tiny_model, capsys):
+    from pipeline_flux_dino_tile import transformer_flops
+
+    options = ("--tile-size", "32", "--tile-overlap", "16", "--model", tiny_model)
+    assert run(folder / "photo.png", "--plan", *options) == 0
+    output = capsys.readouterr().out
+    # 80x48 px in tiles of 32 px.
+    assert "tiles: 8 (rows x columns: 2 x 4) of 32x32 px, overlapping 16 to 16 px" in output
+    assert "tokens per tile: 4 image" in output
+    tflop = transformer_flops(4 + 768, inner_dim=32, num_layers=4) / 1e12
+    assert f"({tflop:.4g} per tile)" in output
+
+
+def test_plan_names_a_model_folder_of_another_kind(folder, capsys):
+    (folder / "model_index.json").write_text("{}")
+    error = usage_error(capsys, folder / "photo.png", "--plan", "--model", folder)
+    assert f"--model {folder}: not the folder of a FLUX.1 pipeline" in error
+
+
+def test_plan_of_a_folder_adds_up_and_names_broken_files(folder, capsys):
+    photo().save(folder / "b.jpg")
+    (folder / "c.png").touch()
+    assert run(folder, "--plan") == 1
+    output, errors = capsys.readouterr()
+    assert output.splitlines()[-1].startswith("2 images: 2 tiles, ")
+    assert errors == f"upscale.py: error: {folder / 'c.png'}: is empty\n"
+
+
+# FLUX on the tiny model
+
+
+def flux(tiny_model, *arguments):
+    return run(*arguments, "--use-flux", "--model", tiny_model, "--device", "cpu", "--steps", "1")
+
+
+def last_error(capsys):
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_flux_gives_what_the_pipeline_gives(folder, tiny_model):
+    import torch
+
+    from pipeline_flux_dino_tile import FluxDinoTilePipeline
+
+    options = ["--scale", "2", "--prompt", "a dög", "--start-sigma", "0.5", "--seed", "3", "--tile-size", "32"]
+    options += ["--tile-overlap", "16", "--dino-strength", "0.5", "--color-fix", "wavelet", "--tile-batch-size", "2"]
+    assert flux(tiny_model, folder / "photo.png", folder / "out.png", *options) == 0
+
+    pipe = FluxDinoTilePipeline.from_pretrained(tiny_model)
+    pipe.set_progress_bar_config(disable=True)
+    expected = pipe(
+        image=photo(),
+        upscale_factor=2,
+        prompt="a dög",
+        start_sigma=0.5,
+        num_inference_steps=1,
+        tile_size=32,
+        tile_overlap=16,
+        dino_conditioning_scale=0.5,
+        color_fix="wavelet",
+        generator=torch.Generator().manual_seed(3),
+    ).images[0]
+    result = Image.open(folder / "out.png")
+    assert result.size == (40, 24)
+    assert np.abs(np.asarray(result).astype(int) - np.asarray(expected)).max() <= 1
+
+    settings = settings_of(folder / "out.png")
+    assert settings == {
+        "method": "flux",
+        "scale": 2.0,
+        "model": str(tiny_model),
+        "prompt": "a dög",
+        "dino_strength": 0.5,
+        "start_sigma": 0.5,
+        "steps": 1,
+        "tile_size": 32,
+        "tile_overlap": 16,
+        "seed": 3,
+        "dtype": "float32",
+        "color_fix": "wavelet",
+    }
+
+
+def test_flux_keeps_grey_alpha_and_orientation_and_says_that_16_bits_are_lost(tmp_path, tiny_model, capsys):
+    source = tmp_path / "in"
+    source.mkdir()
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    exif[ExifTags.Base.Make] = "Maker"
+    for mode in ("L", "LA", "RGBA"):
+        photo(mode).save(source / f"{mode}.png", exif=exif)
+    Image.fromarray(np.zeros((12, 20), dtype=np.uint16)).save(source / "deep.png")
+
+    assert flux(tiny_model, source, tmp_path / "out", "--scale", "1.5") == 0
+    for mode in ("L", "LA", "RGBA"):
+        result = Image.open(tmp_path / "out" / f"{mode}.png")
+        assert (result.mode, result.size) == (mode, (18, 30))
+        assert result.getexif()[ExifTags.Base.Make] == "Maker"
+        if mode != "L":
+            alpha = photo(mode).getchannel("A").transpose(Image.Transpose.ROTATE_270)
+            assert result.getchannel("A").tobytes() == alpha.resize((18, 30), BICUBIC).tobytes()
+    assert Image.open(tmp_path / "out" / "deep.png").mode == "L"
+    assert f"{source / 'deep.png'}: 16 bits become 8 with FLUX" in capsys.readouterr().out
+
+
+def test_flux_gives_the_same_image_for_the_same_seed(folder, tiny_model):
+    for name, seed in (("a.png", "7"), ("b.png", "7"), ("c.png", "8")):
+        assert flux(tiny_model, folder / "photo.png", folder / name, "--scale", "2", "--seed", seed) == 0
+    a, b, c = (np.asarray(Image.open(folder / name)) for name in ("a.png", "b.png", "c.png"))
+    assert np.array_equal(a, b)
+    assert not np.array_equal(a, c)
+
+
+def test_flux_takes_another_projector_and_refuses_one_that_does_not_fit(folder, tiny_model, tmp_path, capsys):
+    import torch
+
+    from pipeline_flux_dino_tile import DinoProjector
+    from tiny_models import tiny_dino, tiny_projector
+
+    def save(name, **config):
+        torch.manual_seed(9)
+        DinoProjector(**{**dict(tiny_projector().config), **config}).save_pretrained(folder / name / "dino_projector")
+        tiny_dino().save_pretrained(folder / name / "dino_encoder")
+        return folder / name
+
+    fitting, wrong = save("fitting"), save("wrong", out_dim=48)
+    arguments = (folder / "photo.png", "--scale", "2", "--overwrite")
+    for name, options in (("a.png", ()), ("b.png", ("--projector", fitting)), ("c.png", ("--dino-strength", "0"))):
+        assert flux(tiny_model, *arguments, "-o", folder / name, *options) == 0
+    a, b, c = (np.asarray(Image.open(folder / name)) for name in ("a.png", "b.png", "c.png"))
+    assert not np.array_equal(a, b)
+    assert not np.array_equal(a, c)
+    assert settings_of(folder / "b.png")["projector"] == str(fitting)
+
+    capsys.readouterr()
+    assert flux(tiny_model, *arguments, "--projector", wrong) == 2
+    error = last_error(capsys)
+    assert error.startswith(f"upscale.py: error: --projector {wrong}: ")
+    assert "48" in error
+
+
+def test_flux_without_a_projector(folder, tmp_path_factory, capsys):
+    from tiny_models import save_tiny_pipeline
+
+    model = tmp_path_factory.mktemp("plain") / "model"
+    save_tiny_pipeline(model, with_dino=False)
+    assert flux(model, folder / "photo.png", "--scale", "2") == 0
+    assert "no DINO projector" in capsys.readouterr().out
+    assert flux(model, folder / "photo.png", "--scale", "2", "--overwrite", "--dino-strength", "1") == 2
+    assert "--dino-strength needs --projector" in last_error(capsys)
+
+
+def test_broken_model_folders_are_one_line(folder, tiny_model, tmp_path, capsys):
+    import shutil
+
+    for name, file, content in (
+        ("no weights", "transformer/diffusion_pytorch_model.safetensors", None),
+        ("half weights", "transformer/diffusion_pytorch_model.safetensors", b"\x40\x00\x00\x00\x00\x00\x00\x00{}"),
+        ("no json", "model_index.json", b"{"),
+        ("other model", "model_index.json", b'{"_class_name": "StableDiffusionPipeline"}'),
+        ("no tokenizer", "tokenizer/tokenizer.json", b"{}"),
+        ("other transformer", "transformer/config.json", b'{"_class_name": "FluxTransformer2DModel"}'),
+    ):
+        model = tmp_path / name
+        shutil.copytree(tiny_model, model)
+        if content is None:
+            (model / file).unlink()
+        else:
+            (model / file).write_bytes(content)
+        assert flux(model, folder / "photo.png") == 2, name
+        assert last_error(capsys).startswith(f"upscale.py: error: --model {model}: "), name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--device", "cpu", "--offload", "model"], "--offload model needs an accelerator"),
+        (["--device", "cpu", "--offload", "group"], "--offload group needs an accelerator"),
+        (["--device", "toaster"], "--device toaster: "),
+        (["--device", "cuda:99"], "--device cuda:99: "),
+    ],
+)
+def test_devices_that_are_not_there(folder, tiny_model, capsys, options, message):
+    assert run(folder / "photo.png", "--use-flux", "--model", tiny_model, *options) == 2
+    assert message in last_error(capsys)
+
+
+def test_nothing_is_loaded_when_nothing_is_left_to_do(folder, tiny_model, capsys, monkeypatch):
+    monkeypatch.setattr(upscale, "load_flux", None)
+    photo().save(folder / "out.png")
+    assert flux(tiny_model, folder / "photo.png", folder / "out.png") == 0
+    (folder / "text.png").write_text("no image")
+    assert flux(tiny_model, folder / "text.png") == 1
+    assert flux(tiny_model, folder / "photo.png", "--tile-overlap", "100", "--tile-size", "112", "--scale", "8") == 1
+    assert "`tile_overlap` must be smaller" in last_error(capsys)
