@@ -137,7 +137,8 @@ def check_choice(name: str, value: Any, choices: Sequence) -> None:
 def check_embeds(name: str, embeds: Any, shape: Sequence[int | None], meaning: str) -> None:
     """Raises a `ValueError` unless `embeds` is a finite tensor of `shape`, in which `None` stands for any length."""
     is_tensor = isinstance(embeds, torch.Tensor)
-    if not is_tensor or embeds.ndim != len(shape) or any(w not in (None, g) for w, g in zip(shape, embeds.shape)):
+    fits = is_tensor and embeds.ndim == len(shape) and 0 not in embeds.shape
+    if not fits or any(wanted not in (None, given) for wanted, given in zip(shape, embeds.shape)):
         wanted = "(" + ", ".join("any" if length is None else str(length) for length in shape) + ")"
         found = f"has shape {tuple(embeds.shape)}" if is_tensor else f"is a {type(embeds).__name__}"
         raise ValueError(f"`{name}` must be a tensor of shape {wanted}, {meaning}, but {found}.")
@@ -266,7 +267,9 @@ def transformer_flops(num_tokens: int, inner_dim: int = 3072, num_layers: int = 
     return 4.0 * inner_dim * num_layers * transformer_cost(num_tokens, inner_dim)
 
 
-def choose_tile_size(height: int, width: int, overlap: int, extra_tokens: int, inner_dim: int) -> tuple[int, int]:
+def choose_tile_size(
+    height: int, width: int, overlap: int, extra_tokens: int, inner_dim: int
+) -> tuple[int, int] | None:
     """
     The tile size that covers the canvas with the least transformer work, all lengths in tokens.
 
@@ -301,9 +304,7 @@ def choose_tile_size(height: int, width: int, overlap: int, extra_tokens: int, i
         for rows, columns in sizes
         if (rows == height or rows > overlap) and (columns == width or columns > overlap)
     ]
-    if not sizes:
-        raise ValueError(f"`tile_overlap` of {overlap} tokens leaves no tile size. Lower it or pass `tile_size`.")
-    return min(sizes, key=work)
+    return min(sizes, key=work, default=None)
 
 
 def plan_tiles(
@@ -337,12 +338,18 @@ def plan_tiles(
     """
     for name, length in (("height", height), ("width", width)):
         check_integer(name, length, 1, "Pass the size of the output in pixels.")
+    check_integer("pixels_per_token", pixels_per_token, 1, "It is 16 for FLUX.1.")
+    check_integer("extra_tokens", extra_tokens, 0, "It is the number of text and DINO tokens.")
+    check_integer("inner_dim", inner_dim, 1, "It is heads times head dimension.")
     check_integer("tile_overlap", tile_overlap, 0, "Pass the least overlap of two tiles in pixels.")
     rows, columns = math.ceil(height / pixels_per_token), math.ceil(width / pixels_per_token)
     overlap = math.ceil(tile_overlap / pixels_per_token)
 
     if tile_size is None:
-        tile_rows, tile_columns = choose_tile_size(rows, columns, overlap, extra_tokens, inner_dim)
+        planned = choose_tile_size(rows, columns, overlap, extra_tokens, inner_dim)
+        if planned is None:
+            raise ValueError(f"`tile_overlap` {tile_overlap} leaves no tile size. Lower it or pass `tile_size`.")
+        tile_rows, tile_columns = planned
     else:
         sides = tile_size if isinstance(tile_size, (tuple, list)) else (tile_size, tile_size)
         if len(sides) != 2:
@@ -797,7 +804,17 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             `ValueError`: If the projector, the encoder and the transformer do not fit together.
             `OSError`: If files are missing or are not safetensors.
         """
+        for name, value, kinds in (
+            ("pretrained_model_name_or_path", pretrained_model_name_or_path, (str, Path)),
+            ("subfolder", subfolder, (str,)),
+            ("dino_encoder", dino_encoder, (str, Path, PreTrainedModel, type(None))),
+        ):
+            if not isinstance(value, kinds):
+                names = ", ".join(kind.__name__ for kind in kinds)
+                raise ValueError(f"`{name}` must be one of {names} but is {value!r}.")
         source = str(pretrained_model_name_or_path)
+        if isinstance(pretrained_model_name_or_path, Path) and not Path(source).is_dir():
+            raise OSError(f"There is no folder {source}.")
         is_projector_folder = (Path(source) / "config.json").is_file() and not (Path(source) / subfolder).is_dir()
         folder = Path(source) if is_projector_folder else Path(source) / subfolder
         if not Path(source).is_dir():
@@ -857,6 +874,10 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
                 f"`dino_projector` takes the layers {list(dino_projector.config.layers)}, but `dino_encoder` has"
                 f" {num_states} hidden states. Pass the encoder that the projector was trained with."
             )
+        self.check_projector_width(dino_projector)
+
+    def check_projector_width(self, dino_projector: DinoProjector) -> None:
+        r"""Raises a `ValueError` unless the projector's tokens fit the transformer."""
         joint_dim = self.transformer.config.joint_attention_dim
         if dino_projector.config.out_dim != joint_dim:
             raise ValueError(
@@ -988,7 +1009,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             check_number("start_sigma", start_sigma, 0.01, 1, "It is the share of noise in the latents at the start.")
         if sigmas is not None and not is_falling(sigmas):
             raise ValueError(
-                f"`sigmas` must be a list of numbers that fall from at most 1 to above 0 but is {sigmas}."
+                f"`sigmas` must be a list of numbers that fall from at most 1 to above 0 but is {sigmas!r}."
             )
         if num_inference_steps is not None:
             check_integer("num_inference_steps", num_inference_steps, 1, "Pass the number of denoising steps.")
@@ -996,7 +1017,9 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             check_number("guidance_scale", guidance_scale, 0, 1000, "FLUX.1-dev takes about 3.5.")
         check_number("true_cfg_scale", true_cfg_scale, 0, 1000, "1 switches true CFG off.")
 
-    def check_tile_inputs(self, image, tile_batch_size, tile_fusion, color_fix, output_type, callback_on_step_end):
+    def check_tile_inputs(
+        self, image, tile_batch_size, tile_fusion, color_fix, output_type, callback_on_step_end, tensor_inputs
+    ):
         r"""Checks what the tiles, the result and the callback need; raises a `ValueError`."""
         check_integer("tile_batch_size", tile_batch_size, 1, "It is the number of tiles in one transformer call.")
         check_choice("tile_fusion", tile_fusion, ("step", "final"))
@@ -1006,13 +1029,17 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             raise ValueError(f"`color_fix` {color_fix!r} needs an image and a decoded result, not latents. Pass None.")
         if callback_on_step_end is not None and not callable(callback_on_step_end):
             raise ValueError(f"`callback_on_step_end` must be callable but is {callback_on_step_end!r}.")
+        if not isinstance(tensor_inputs, (list, tuple)):
+            raise ValueError(f"`callback_on_step_end_tensor_inputs` must be a list but is {tensor_inputs!r}.")
 
     def check_prompt_inputs(
         self,
         prompt,
+        prompt_2,
         prompt_embeds,
         pooled_prompt_embeds,
         negative_prompt,
+        negative_prompt_2,
         negative_prompt_embeds,
         negative_pooled_prompt_embeds,
         max_sequence_length,
@@ -1021,8 +1048,15 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
     ):
         r"""Checks the text and IP-Adapter conditioning beyond the parent's `check_inputs`; raises a `ValueError`."""
         check_integer("max_sequence_length", max_sequence_length, 1, "FLUX.1 takes up to 512 text tokens.")
-        for name, texts in (("prompt", prompt), ("negative_prompt", negative_prompt)):
-            if isinstance(texts, list) and (not texts or not all(isinstance(text, str) for text in texts)):
+        texts_by_name = {
+            "prompt": prompt,
+            "prompt_2": prompt_2,
+            "negative_prompt": negative_prompt,
+            "negative_prompt_2": negative_prompt_2,
+        }
+        for name, texts in texts_by_name.items():
+            entries = texts if isinstance(texts, list) else [""] if texts is None else [texts]
+            if not entries or not all(isinstance(text, str) for text in entries):
                 raise ValueError(f"`{name}` must be a string or a list of strings but is {texts!r}.")
         config = self.transformer.config
         for prefix, embeds, pooled in (
@@ -1032,6 +1066,10 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             if embeds is not None:
                 check_embeds(
                     f"{prefix}prompt_embeds", embeds, (None, None, config.joint_attention_dim), "T5 embeddings"
+                )
+            if embeds is None and pooled is not None:
+                raise ValueError(
+                    f"`{prefix}pooled_prompt_embeds` is given without `{prefix}prompt_embeds`. Pass both, or a prompt."
                 )
             if embeds is not None and pooled is not None:
                 shape = (len(embeds), config.pooled_projection_dim)
@@ -1052,14 +1090,36 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             )
         if joint_attention_kwargs is not None and not isinstance(joint_attention_kwargs, dict):
             raise ValueError(f"`joint_attention_kwargs` must be a dictionary but is {joint_attention_kwargs!r}.")
-        if any(value is not None for value in ip_adapter_inputs) and self.transformer.encoder_hid_proj is None:
-            raise ValueError("`ip_adapter_image` is given but no IP-Adapter is loaded. Call `load_ip_adapter` first.")
+        self.check_ip_adapter_inputs(ip_adapter_inputs)
 
-    def check_batch_inputs(self, num_prompts, num_images_per_prompt, negative_prompt, generator, latents, plan):
+    def check_ip_adapter_inputs(self, ip_adapter_inputs):
+        r"""Checks images and embeddings for an IP-Adapter; raises a `ValueError`."""
+        adapters = getattr(self.transformer, "encoder_hid_proj", None)
+        for index, value in enumerate(ip_adapter_inputs):
+            name = ("negative_" if index >= 2 else "") + ("ip_adapter_image", "ip_adapter_image_embeds")[index % 2]
+            if value is None:
+                continue
+            if adapters is None:
+                raise ValueError(f"`{name}` is given but no IP-Adapter is loaded. Call `load_ip_adapter` first.")
+            values = value if isinstance(value, list) else [value]
+            if len(values) != adapters.num_ip_adapters:
+                raise ValueError(f"`{name}` has {len(values)} entries for {adapters.num_ip_adapters} IP-Adapters.")
+            if index % 2 == 1:
+                for layer, embeds in zip(adapters.image_projection_layers, values):
+                    dim = layer.image_embeds.in_features
+                    check_embeds(name, embeds, (None, None, dim), "image embeddings")
+            elif self.image_encoder is None or self.feature_extractor is None:
+                raise ValueError(
+                    f"`{name}` needs the components `image_encoder` and `feature_extractor`. Load them, or pass"
+                    f" `{name}_embeds`."
+                )
+
+    def check_batch_inputs(self, num_prompts, num_images_per_prompt, per_prompt, generator, latents, plan):
         r"""Checks what has to agree with the number of prompts; raises a `ValueError`."""
         check_integer("num_images_per_prompt", num_images_per_prompt, 1, "Pass the number of results for each prompt.")
-        if isinstance(negative_prompt, list) and len(negative_prompt) not in (1, num_prompts):
-            raise ValueError(f"`negative_prompt` has {len(negative_prompt)} entries for {num_prompts} prompts.")
+        for name, value, lengths in per_prompt:
+            if isinstance(value, (list, torch.Tensor)) and len(value) not in lengths:
+                raise ValueError(f"`{name}` has {len(value)} entries for {num_prompts} prompts.")
         batch_size = num_prompts * num_images_per_prompt
         generators = generator if isinstance(generator, list) else [generator]
         if not all(item is None or isinstance(item, torch.Generator) for item in generators):
@@ -1085,6 +1145,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             )
         if scale == 0 or self.dino_projector is None:
             return
+        self.check_projector_width(self.dino_projector)
         if dino_embeds is None:
             if self.dino_encoder is None:
                 raise ValueError("`dino_encoder` is missing. Call `load_dino_projector` or pass `dino_embeds`.")
@@ -1103,7 +1164,8 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             )
         for processor in self.transformer.attn_processors.values():
             backend = attention_backend_of(processor)
-            has_lse = type(processor) is FluxAttnProcessor and backend == AttentionBackendName._NATIVE_FLASH
+            lse_attention = select_lse_attention(backend, self._execution_device, self.transformer.dtype)
+            has_lse = type(processor) is FluxAttnProcessor and lse_attention is not None
             if backend not in MASK_BACKENDS and not has_lse:
                 raise ValueError(
                     f"`dino_conditioning_scale` {scale} does not work with the attention backend {backend.value!r} of"
@@ -1119,10 +1181,11 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
     def get_num_prompts(self, prompt, prompt_embeds, num_images: int) -> int:
         r"""The number of prompts once a single prompt is repeated for several images."""
         num_prompts = len(prompt) if isinstance(prompt, list) else 1 if prompt_embeds is None else len(prompt_embeds)
+        name = "prompt" if prompt_embeds is None else "prompt_embeds"
         if num_prompts == 1 or num_prompts % num_images == 0:
             return max(num_prompts, num_images)
         raise ValueError(
-            f"`prompt` has {num_prompts} entries for {num_images} images. Pass one prompt, or one for each image."
+            f"`{name}` has {num_prompts} entries for {num_images} images. Pass one prompt, or one for each image."
         )
 
     def get_num_text_tokens(self, prompt, prompt_embeds, max_sequence_length: int) -> int:
@@ -1384,11 +1447,11 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         return DinoTokens(tokens, ids.to(device), scale)
 
     def warn_outside_training(self, sigma: float) -> None:
-        r"""Warns if the projector was not trained for the noise level at which the call starts."""
+        r"""Warns if the projector was not trained for the noise level of the first step that it takes part in."""
         sigma_max = self.dino_projector.config.sigma_max
         if sigma_max is not None and sigma > sigma_max:
             logger.warning(
-                f"The first step has sigma {sigma:.3f}, but the projector was trained up to {sigma_max}. Lower"
+                f"The DINO tokens come in at sigma {sigma:.3f}, but the projector was trained up to {sigma_max}. Lower"
                 " `start_sigma` or `strength`, or raise `dino_guidance_start`."
             )
 
@@ -1554,7 +1617,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         packed = self.pack_canvas(canvas)
         tensors = {"latents": packed.clone(), "prompt_embeds": branch.prompt_embeds}
         outputs = callback(self, index, timestep, {name: tensors[name] for name in tensor_inputs})
-        latents = outputs.pop("latents", packed)
+        latents = outputs.pop("latents", tensors["latents"])
         if not torch.equal(latents, packed):
             canvas = self.unpack_canvas(latents.to(packed), plan.height, plan.width)
         return canvas, branch._replace(prompt_embeds=outputs.pop("prompt_embeds", branch.prompt_embeds))
@@ -1721,12 +1784,22 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             negative_ip_adapter_image_embeds,
         )
         self.check_schedule_inputs(strength, start_sigma, sigmas, num_inference_steps, guidance_scale, true_cfg_scale)
-        self.check_tile_inputs(image, tile_batch_size, tile_fusion, color_fix, output_type, callback_on_step_end)
+        self.check_tile_inputs(
+            image,
+            tile_batch_size,
+            tile_fusion,
+            color_fix,
+            output_type,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+        )
         self.check_prompt_inputs(
             prompt,
+            prompt_2,
             prompt_embeds,
             pooled_prompt_embeds,
             negative_prompt,
+            negative_prompt_2,
             negative_prompt_embeds,
             negative_pooled_prompt_embeds,
             max_sequence_length,
@@ -1749,7 +1822,15 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             max_sequence_length=max_sequence_length,
         )
         num_prompts = self.get_num_prompts(prompt, prompt_embeds, num_images)
-        self.check_batch_inputs(num_prompts, num_images_per_prompt, negative_prompt, generator, latents, plan)
+        num_texts = len(prompt) if isinstance(prompt, list) else 1
+        num_negative_texts = len(negative_prompt) if isinstance(negative_prompt, list) else 1
+        per_prompt = (
+            ("prompt_2", prompt_2, (num_texts,)),
+            ("negative_prompt", negative_prompt, (1, num_prompts)),
+            ("negative_prompt_2", negative_prompt_2, (num_negative_texts,)),
+            ("negative_prompt_embeds", negative_prompt_embeds, (1, num_prompts)),
+        )
+        self.check_batch_inputs(num_prompts, num_images_per_prompt, per_prompt, generator, latents, plan)
         self.check_dino_inputs(
             image,
             plan,
@@ -1801,11 +1882,17 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         dtype = branches[0].prompt_embeds.dtype
 
         # 4. Encode what DINO sees in each tile
+        num_steps = len(timesteps)
+        dino_steps = [
+            i
+            for i in range(num_steps)
+            if dino_guidance_start <= i / num_steps and (i + 1) / num_steps <= dino_guidance_end
+        ]
         dino = None
-        if self.dino_projector is not None and dino_conditioning_scale > 0:
+        if self.dino_projector is not None and dino_conditioning_scale > 0 and dino_steps:
             features = self.encode_dino_tiles(canvas_image, plan) if dino_embeds is None else dino_embeds
             features = self.expand_images(features.transpose(0, 1), num_prompts, batch_size).transpose(0, 1)
-            self.warn_outside_training(float(timesteps[0]) / self.scheduler.config.num_train_timesteps)
+            self.warn_outside_training(float(timesteps[dino_steps[0]]) / self.scheduler.config.num_train_timesteps)
             dino = self.prepare_dino_tokens(features, plan, float(dino_conditioning_scale))
 
         # 5. Encode the image and add noise
@@ -1827,13 +1914,12 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         tile_batches = self.get_tile_batches(len(plan), tile_batch_size)
         with (
             self.dino_attention(dino, branches[0].prompt_embeds.shape[1], dtype),
-            self.progress_bar(total=len(timesteps) * len(tile_batches)) as progress_bar,
+            self.progress_bar(total=num_steps * len(tile_batches)) as progress_bar,
         ):
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     break
-                start, end = i / len(timesteps), (i + 1) / len(timesteps)
-                step_dino = dino if dino_guidance_start <= start and end <= dino_guidance_end else None
+                step_dino = dino if i in dino_steps else None
                 tiles = crop_tiles(state, plan, cell) if is_fused else state
                 velocity = self.predict_tile_velocities(
                     tiles, t, branches, guidance, step_dino, tile_batches, true_cfg_scale, progress_bar
@@ -1900,7 +1986,7 @@ def split_image_batch(value: np.ndarray | torch.Tensor) -> list:
 
 def is_falling(sigmas: Any) -> bool:
     """Whether `sigmas` is a list of numbers that fall from at most 1 to above 0."""
-    if not isinstance(sigmas, (list, tuple, np.ndarray)) or len(sigmas) == 0:
+    if not isinstance(sigmas, (list, tuple, np.ndarray)) or np.ndim(sigmas) != 1 or len(sigmas) == 0:
         return False
     if not all(isinstance(sigma, numbers.Real) for sigma in sigmas):
         return False

@@ -159,6 +159,24 @@ def tiny_pipeline(guidance_embeds: bool = False, dino: str | None = None, projec
     return pipe
 
 
+def tiny_ip_adapter(transformer, image_embed_dim: int = 8) -> dict:
+    """Random weights of an IP-Adapter for `transformer`, in the form in which diffusers loads them."""
+    torch.manual_seed(5)
+    config = transformer.config
+    projection = {
+        "proj.weight": torch.randn(4 * config.joint_attention_dim, image_embed_dim),
+        "proj.bias": torch.randn(4 * config.joint_attention_dim),
+        "norm.weight": torch.ones(config.joint_attention_dim),
+        "norm.bias": torch.zeros(config.joint_attention_dim),
+    }
+    attention = {}
+    for index in range(config.num_layers):
+        for name in ("to_k_ip", "to_v_ip"):
+            attention[f"{index}.{name}.weight"] = torch.randn(transformer.inner_dim, config.joint_attention_dim)
+            attention[f"{index}.{name}.bias"] = torch.randn(transformer.inner_dim)
+    return {"image_proj": projection, "ip_adapter": attention}
+
+
 def save_tiny_pipeline(directory: str | Path, with_dino: bool = True) -> None:
     """Saves a complete pipeline folder, with `dino_encoder/` and `dino_projector/` on request."""
     tiny_pipeline(dino="dinov2_with_registers" if with_dino else None).save_pretrained(directory)

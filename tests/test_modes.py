@@ -1,0 +1,908 @@
+"""Whatever the stock pipeline can do still works with the DINO parts in place."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderTiny, FluxImg2ImgPipeline
+from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from pipeline_flux_dino_tile import (
+    FluxDinoAttnProcessor,
+    FluxDinoTilePipeline,
+    cpu_attention_with_lse,
+    cudnn_attention_with_lse,
+    flash_attention_with_lse,
+)
+from tiny_models import (
+    DINO_DIM,
+    tiny_components,
+    tiny_dino,
+    tiny_ip_adapter,
+    tiny_pipeline,
+)
+
+
+DINO_KINDS = ["dinov2", "dinov2_with_registers", "dinov3"]
+ONE_TILE = {"tile_size": 1024}
+SIX_TILES = {"tile_size": 32, "tile_overlap": 16}
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def make_photo(seed=0, size=(32, 24)):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+PHOTO, OTHER_PHOTO, LARGE_PHOTO = make_photo(0), make_photo(1), make_photo(2, (64, 48))
+
+
+def upscale(pipe, **kwargs):
+    """Latents of 48 x 64 px, 3 x 4 tokens, from six tiles in two steps, unless `kwargs` say otherwise."""
+    settings = {"image": PHOTO, "prompt": "a photo", "num_inference_steps": 2, "max_sequence_length": 16}
+    settings |= {"tile_batch_size": 3, **SIX_TILES}
+    if not {"height", "sigmas", "strength", "upscale_factor"} & kwargs.keys():
+        settings |= {"start_sigma": 0.5}
+    if "height" not in kwargs and not isinstance(kwargs.get("image"), torch.Tensor):
+        settings |= {"upscale_factor": 2}
+    if "prompt_embeds" in kwargs:
+        del settings["prompt"]
+    return pipe(**{**settings, "generator": generator(), "output_type": "latent", **kwargs}).images
+
+
+@torch.no_grad()
+def embed(pipe, prompt):
+    """The arguments that stand in for a prompt."""
+    embeds, pooled, _ = pipe.encode_prompt(prompt, max_sequence_length=16)
+    return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+
+def assert_same(result, expected, atol=1e-5):
+    """The same up to the order of the summations."""
+    torch.testing.assert_close(result, expected, atol=atol, rtol=0)
+
+
+def assert_different(*results):
+    """So that no two of them can be the same up to rounding."""
+    for index, result in enumerate(results):
+        for other in results[:index]:
+            assert (result - other).abs().max() > 1e-4
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    """Not to be changed."""
+    return tiny_pipeline(dino="dinov2")
+
+
+@pytest.fixture
+def own_pipe():
+    return tiny_pipeline(dino="dinov2")
+
+
+def parent_of(pipe):
+    names = FluxImg2ImgPipeline._get_signature_types()
+    parent = FluxImg2ImgPipeline(**{name: part for name, part in pipe.components.items() if name in names})
+    parent.set_progress_bar_config(disable=True)
+    return parent
+
+
+# ---- Prompts and batches -------------------------------------------------------------------------------------------
+
+
+def test_prompt_and_dino_both_count(pipe):
+    results = [
+        upscale(pipe, prompt=prompt, dino_conditioning_scale=scale) for prompt in ("a", "b") for scale in (0, 0.5, 1)
+    ]
+    assert_different(*results)
+
+
+@pytest.mark.parametrize("fusion", ["step", "final"])
+@pytest.mark.parametrize("scale", [0.5, 1])
+def test_batch_entries_equal_their_own_runs(pipe, scale, fusion):
+    prompts, images = ["a cat", "dog"], [PHOTO, OTHER_PHOTO]
+    kwargs = {"dino_conditioning_scale": scale, "tile_fusion": fusion}
+    batch = upscale(pipe, prompt=prompts, image=images, generator=[generator(0), generator(1)], **kwargs)
+    singles = [
+        upscale(pipe, prompt=prompt, image=image, generator=[generator(seed)], **kwargs)
+        for seed, (prompt, image) in enumerate(zip(prompts, images))
+    ]
+    assert_different(*batch)
+    assert_same(batch, torch.cat(singles))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "num_images", "num_images_per_prompt"), [(2, 2, 2), (1, 2, 2), (2, 1, 2), (4, 2, 1), (1, 1, 3)]
+)
+def test_order_of_a_batch(pipe, prompts, num_images, num_images_per_prompt):
+    """Prompts and images side by side, the fewer repeated, each result `num_images_per_prompt` times."""
+    prompts = ["a cat", "dog", "three", "x"][:prompts]
+    # Latents, from which nothing random is drawn but the noise.
+    latents = torch.randn(num_images, 4, 6, 8, generator=generator(7))
+    features = pipe.encode_dino([PHOTO, OTHER_PHOTO][:num_images], upscale_factor=2, **SIX_TILES)
+    num_prompts = max(len(prompts), num_images)
+    size = num_prompts * num_images_per_prompt
+    batch = upscale(
+        pipe,
+        image=latents,
+        prompt=prompts,
+        dino_embeds=features,
+        dino_conditioning_scale=0.5,
+        num_images_per_prompt=num_images_per_prompt,
+        generator=[generator(seed) for seed in range(size)],
+    )
+    assert len(batch) == size
+    for entry, result in enumerate(batch):
+        index = entry // num_images_per_prompt
+        image = index % num_images
+        single = upscale(
+            pipe,
+            image=latents[image : image + 1],
+            prompt=prompts[index % len(prompts)],
+            dino_embeds=features[:, image : image + 1],
+            dino_conditioning_scale=0.5,
+            generator=generator(entry),
+        )
+        assert_same(result, single[0])
+
+
+def test_pixels_with_several_results(pipe):
+    results = upscale(pipe, num_images_per_prompt=2, output_type="pt", color_fix="wavelet")
+    assert results.shape == (2, 3, 48, 64)
+    assert_different(*results)
+
+
+@pytest.mark.parametrize("scale", [0, 0.5, 1])
+def test_true_cfg_extrapolates_from_the_negative_prompt(pipe, scale):
+    """One Euler step is linear in the velocity."""
+    kwargs = {"num_inference_steps": 1, "dino_conditioning_scale": scale}
+    positive, negative = upscale(pipe, prompt="a cat", **kwargs), upscale(pipe, prompt="a dog", **kwargs)
+    for guidance in (1, 3.0):
+        result = upscale(pipe, prompt="a cat", negative_prompt="a dog", true_cfg_scale=guidance, **kwargs)
+        assert_same(result, negative + guidance * (positive - negative))
+    assert_different(positive, negative, result)
+
+
+def test_second_prompt_is_for_t5(pipe):
+    embeds = {**embed(pipe, "b"), "pooled_prompt_embeds": embed(pipe, "a")["pooled_prompt_embeds"]}
+    expected = upscale(pipe, **embeds)
+    assert torch.equal(upscale(pipe, prompt="a", prompt_2="b"), expected)
+    assert_different(upscale(pipe, prompt="a"), expected)
+
+
+def test_prompt_embeds_equal_the_prompt(pipe):
+    expected = upscale(pipe, prompt="a cat", negative_prompt="a dog", true_cfg_scale=2)
+    negative = {f"negative_{name}": value for name, value in embed(pipe, "a dog").items()}
+    assert torch.equal(upscale(pipe, **embed(pipe, "a cat"), **negative, true_cfg_scale=2), expected)
+
+
+def test_no_prompt_is_the_empty_prompt(pipe):
+    assert torch.equal(upscale(pipe, prompt=None), upscale(pipe, prompt=""))
+
+
+# ---- Images and latents --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "1"])
+def test_image_modes(pipe, mode):
+    image = LARGE_PHOTO.convert(mode)
+    expected = upscale(pipe, image=image.convert("RGB"), upscale_factor=1)
+    assert torch.equal(upscale(pipe, image=image, upscale_factor=1), expected)
+
+
+def image_forms():
+    array = np.asarray(LARGE_PHOTO, dtype=np.float32) / 255
+    tensor = torch.from_numpy(array).permute(2, 0, 1)
+    return {
+        "list": [LARGE_PHOTO],
+        "tuple": (LARGE_PHOTO,),
+        "array": array,
+        "batch of arrays": array[None],
+        "list of arrays": [array],
+        "float64": array.astype(np.float64),
+        "tensor": tensor,
+        "batch of tensors": tensor[None],
+        "list of tensors": [tensor],
+    }
+
+
+@pytest.mark.parametrize(("name", "image"), image_forms().items(), ids=list(image_forms()))
+def test_image_forms(pipe, name, image):
+    expected = upscale(pipe, image=LARGE_PHOTO, upscale_factor=1)
+    assert_same(upscale(pipe, image=image, upscale_factor=1), expected)
+
+
+def test_grey_arrays_are_grey_images(pipe):
+    grey = LARGE_PHOTO.convert("L")
+    array = np.asarray(grey, dtype=np.float32)[..., None] / 255
+    expected = upscale(pipe, image=grey, upscale_factor=1)
+    assert_same(upscale(pipe, image=array, upscale_factor=1), expected)
+    assert_same(upscale(pipe, image=torch.from_numpy(array).permute(2, 0, 1), upscale_factor=1), expected)
+
+
+def test_image_latents_equal_the_image(pipe):
+    noise = generator(3)
+    features = pipe.encode_dino(LARGE_PHOTO, upscale_factor=1, **ONE_TILE)
+    expected = upscale(pipe, image=LARGE_PHOTO, upscale_factor=1, generator=generator(3), start_sigma=0.5, **ONE_TILE)
+    pixels = torch.from_numpy(np.asarray(LARGE_PHOTO, dtype=np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
+    with torch.no_grad():
+        latents = pipe.vae.encode(pixels).latent_dist.sample(noise)
+    latents = (latents - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
+    assert_same(upscale(pipe, image=latents, dino_embeds=features, generator=noise, **ONE_TILE), expected)
+
+
+@pytest.mark.parametrize("fusion", ["step", "final"])
+def test_latents_are_where_it_starts(pipe, fusion):
+    latents = torch.randn(1, 4, 6, 8, generator=generator(5))
+    kwargs = {"image": latents, "dino_embeds": pipe.encode_dino(PHOTO, upscale_factor=2, **SIX_TILES)}
+    noisy = 0.5 * latents + 0.5 * torch.randn(latents.shape, generator=generator(6))
+    packed = noisy.unflatten(3, (4, 2)).unflatten(2, (3, 2)).permute(0, 2, 4, 1, 3, 5).reshape(1, 12, 16)
+    expected = upscale(pipe, generator=generator(6), tile_fusion=fusion, **kwargs)
+    assert_same(upscale(pipe, latents=packed, generator=None, tile_fusion=fusion, **kwargs), expected)
+    assert_different(upscale(pipe, tile_fusion=fusion, **kwargs), expected)
+
+
+def test_output_types(pipe):
+    results = {kind: upscale(pipe, output_type=kind, **ONE_TILE) for kind in ("latent", "np", "pt", "pil")}
+    latents = FluxImg2ImgPipeline._unpack_latents(results["latent"], 48, 64, 8)
+    with torch.no_grad():
+        decoded = pipe.vae.decode(latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor)[0]
+    assert_same(results["pt"], (decoded / 2 + 0.5).clamp(0, 1))
+    assert np.array_equal(results["np"], results["pt"].permute(0, 2, 3, 1).numpy())
+    assert np.array_equal(np.asarray(results["pil"][0]), (results["np"][0] * 255).round().astype(np.uint8))
+
+
+def test_return_dict(pipe):
+    kwargs = {"image": PHOTO, "num_inference_steps": 1, "upscale_factor": 1, "output_type": "np"}
+    result = pipe(generator=generator(), return_dict=False, **kwargs)
+    assert type(result) is tuple and len(result) == 1
+    assert np.array_equal(result[0], pipe(generator=generator(), **kwargs).images)
+
+
+# ---- Steps ---------------------------------------------------------------------------------------------------------
+
+
+def test_sigmas_are_the_noise_levels(pipe):
+    expected = upscale(pipe, start_sigma=0.5)
+    assert_same(upscale(pipe, sigmas=[0.5, 0.25]), expected)
+    assert_same(upscale(pipe, sigmas=np.array([0.5, 0.25])), expected)
+    assert_same(upscale(pipe, sigmas=[1.0, 0.75, 0.5, 0.25], strength=0.5), expected)
+    assert_same(upscale(pipe, strength=0.5, num_inference_steps=4), expected)
+    assert_different(upscale(pipe, sigmas=[0.5, 0.1]), expected)
+
+
+@pytest.mark.parametrize("scale", [0.5, 1])
+def test_guidance_window(pipe, scale):
+    def run(start, end):
+        window = {"dino_guidance_start": start, "dino_guidance_end": end}
+        return upscale(pipe, dino_conditioning_scale=scale, **window)
+
+    never, always = upscale(pipe, dino_conditioning_scale=0), upscale(pipe, dino_conditioning_scale=scale)
+    assert torch.equal(run(0.3, 0.4), never)
+    assert torch.equal(run(0, 1), always)
+    assert_different(never, always, run(0, 0.5), run(0.5, 1))
+
+
+def count_calls(module):
+    calls = []
+    module.register_forward_hook(lambda *args: calls.append(1))
+    return calls
+
+
+@pytest.mark.parametrize("kind", DINO_KINDS)
+def test_a_sweep_with_dino_embeds_encodes_once(kind):
+    pipe = tiny_pipeline(dino=kind)
+    scales = (0, 0.5, 1, 2)
+    expected = [upscale(pipe, dino_conditioning_scale=scale) for scale in scales]
+    calls = count_calls(pipe.dino_encoder)
+    features = pipe.encode_dino(PHOTO, upscale_factor=2, **SIX_TILES)
+    assert features.shape == (6, 1, 2, 2, DINO_DIM)
+    assert len(calls) == 6
+    for scale, result in zip(scales, expected):
+        assert torch.equal(upscale(pipe, dino_embeds=features, dino_conditioning_scale=scale), result)
+    assert len(calls) == 6
+    assert_different(*expected)
+
+
+@pytest.mark.parametrize("max_sequence_length", [16, 512])
+def test_encode_dino_plans_the_tiles_of_the_call(pipe, monkeypatch, max_sequence_length):
+    """However long the text is, which the planner may weigh."""
+    plans = []
+
+    def encode_dino_tiles(image, plan):
+        plans.append(plan)
+        raise InterruptedError
+
+    monkeypatch.setattr(pipe, "encode_dino_tiles", encode_dino_tiles)
+    size = {"image": PHOTO, "height": 1024, "width": 2304}
+    for call, kwargs in ((pipe.encode_dino, {}), (pipe, {"max_sequence_length": max_sequence_length})):
+        with pytest.raises(InterruptedError):
+            call(**size, **kwargs)
+    assert plans[0] == plans[1] and len(plans[0]) > 1
+
+
+class Bar:
+    """Stands in for tqdm."""
+
+    def __init__(self, total):
+        self.total, self.updates = total, 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        pass
+
+    def update(self):
+        self.updates += 1
+
+
+@pytest.mark.parametrize("fusion", ["step", "final"])
+@pytest.mark.parametrize(("tile_batch_size", "batches"), [(1, 6), (4, 2), (8, 1)])
+def test_progress_bar_counts_tile_batches(pipe, monkeypatch, fusion, tile_batch_size, batches):
+    bars = []
+
+    def progress_bar(total):
+        bars.append(Bar(total))
+        return bars[-1]
+
+    monkeypatch.setattr(pipe, "progress_bar", progress_bar)
+    upscale(pipe, num_inference_steps=3, tile_batch_size=tile_batch_size, tile_fusion=fusion)
+    (bar,) = bars
+    assert bar.total == bar.updates == 3 * batches
+
+
+# ---- Callback ------------------------------------------------------------------------------------------------------
+
+both_fusions = pytest.mark.parametrize("fusion", ["step", "final"])
+
+
+@both_fusions
+def test_callback_sees_the_packed_canvas_after_each_step(pipe, fusion):
+    seen = []
+
+    def callback(pipeline, step, timestep, kwargs):
+        assert pipeline is pipe and kwargs.keys() == {"latents"}
+        seen.append((step, float(timestep), kwargs["latents"]))
+        return kwargs
+
+    result = upscale(pipe, tile_fusion=fusion, callback_on_step_end=callback)
+    assert [step[:2] for step in seen] == [(0, 500.0), (1, 250.0)]
+    assert seen[0][2].shape == (1, 12, 16)
+    assert torch.equal(seen[1][2], result)
+    assert_different(seen[0][2], result)
+    assert torch.equal(result, upscale(pipe, tile_fusion=fusion)), "reading the latents changes the result"
+    nothing = upscale(pipe, tile_fusion=fusion, callback_on_step_end=lambda *args: {})
+    assert torch.equal(result, nothing)
+
+
+@both_fusions
+@pytest.mark.parametrize("how", ["returned", "in place", "in place, nothing returned"])
+def test_callback_may_change_the_latents(pipe, fusion, how):
+    def callback(pipeline, step, timestep, kwargs):
+        if step == last:
+            if how == "returned":
+                return {"latents": torch.full_like(kwargs["latents"], 0.25)}
+            kwargs["latents"].fill_(0.25)
+        return {} if how.endswith("nothing returned") else kwargs
+
+    last = 1
+    result = upscale(pipe, tile_fusion=fusion, callback_on_step_end=callback)
+    assert_same(result, torch.full_like(result, 0.25))
+    # A change before the last step is where the next one starts.
+    last = 0
+    result = upscale(pipe, tile_fusion=fusion, callback_on_step_end=callback)
+    start = torch.full_like(result, 0.25)
+    assert_same(result, upscale(pipe, tile_fusion=fusion, latents=start, sigmas=[0.25]))
+
+
+@both_fusions
+def test_callback_may_change_the_prompt_embeds(pipe, fusion):
+    first, second = embed(pipe, "a photo"), embed(pipe, "another")
+    second["pooled_prompt_embeds"] = first["pooled_prompt_embeds"]
+    between = []
+
+    def callback(pipeline, step, timestep, kwargs):
+        assert torch.equal(kwargs["prompt_embeds"], (second if step else first)["prompt_embeds"])
+        between.append(kwargs["latents"])
+        return {"prompt_embeds": second["prompt_embeds"]}
+
+    inputs = {"callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
+    result = upscale(pipe, **first, tile_fusion=fusion, callback_on_step_end=callback, **inputs)
+    assert_different(result, upscale(pipe, **first, tile_fusion=fusion))
+    if fusion == "step":
+        assert_same(result, upscale(pipe, **second, latents=between[0], sigmas=[0.25]))
+
+
+@both_fusions
+def test_interrupt_stops_after_the_step(pipe, fusion):
+    seen = []
+
+    def callback(pipeline, step, timestep, kwargs):
+        pipeline._interrupt = True
+        seen.append(kwargs["latents"])
+        return kwargs
+
+    expected = upscale(pipe, tile_fusion=fusion)
+    calls = count_calls(pipe.transformer)
+    result = upscale(pipe, tile_fusion=fusion, callback_on_step_end=callback, dino_conditioning_scale=0.5)
+    assert len(seen) == 1 and len(calls) == 2
+    assert torch.equal(result, seen[0])
+    assert torch.equal(upscale(pipe, tile_fusion=fusion), expected), "the next call does not start anew"
+
+
+# ---- Attention processors ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("scale", "replaced"), [(0, False), (0.5, True), (1, False), (2, True)])
+def test_processors_are_the_same_after_a_call(pipe, scale, replaced):
+    before = dict(pipe.transformer.attn_processors)
+
+    def callback(pipeline, step, timestep, kwargs):
+        inside = pipe.transformer.attn_processors
+        assert all(isinstance(value, FluxDinoAttnProcessor) for value in inside.values()) == replaced
+        return kwargs
+
+    upscale(pipe, dino_conditioning_scale=scale, callback_on_step_end=callback)
+    assert {name: id(value) for name, value in pipe.transformer.attn_processors.items()} == {
+        name: id(value) for name, value in before.items()
+    }
+
+
+def test_processors_are_the_same_after_an_exception(pipe):
+    before = list(map(id, pipe.transformer.attn_processors.values()))
+    expected = upscale(pipe, dino_conditioning_scale=0)
+
+    def callback(*args):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        upscale(pipe, dino_conditioning_scale=0.5, callback_on_step_end=callback)
+    assert list(map(id, pipe.transformer.attn_processors.values())) == before
+    assert torch.equal(upscale(pipe, dino_conditioning_scale=0), expected)
+
+
+# ---- IP-Adapter ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ip_pipe():
+    """With an IP-Adapter and its image encoder."""
+    pipe = tiny_pipeline(dino="dinov2")
+    torch.manual_seed(6)
+    config = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=16,
+        projection_dim=8,
+    )
+    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32)
+    pipe.register_modules(image_encoder=CLIPVisionModelWithProjection(config).eval(), feature_extractor=processor)
+    pipe.transformer._load_ip_adapter_weights([tiny_ip_adapter(pipe.transformer)])
+    return pipe
+
+
+IP_EMBEDS = {
+    "ip_adapter_image_embeds": [torch.ones(1, 1, 8)],
+    "negative_ip_adapter_image_embeds": [torch.zeros(1, 1, 8)],
+}
+
+
+@pytest.mark.parametrize("ip_inputs", [IP_EMBEDS, {"ip_adapter_image": OTHER_PHOTO}], ids=["embeds", "image"])
+@pytest.mark.parametrize("true_cfg_scale", [1, 2])
+def test_ip_adapter_equals_the_parent(ip_pipe, ip_inputs, true_cfg_scale):
+    kwargs = {
+        "prompt": "a photo",
+        "negative_prompt": "a dog",
+        "true_cfg_scale": true_cfg_scale,
+        "image": LARGE_PHOTO,
+        "height": 48,
+        "width": 64,
+        "strength": 0.5,
+        "num_inference_steps": 4,
+        "max_sequence_length": 16,
+        "output_type": "latent",
+        **ip_inputs,
+    }
+    expected = parent_of(ip_pipe)(generator=generator(), **kwargs).images
+    assert_same(ip_pipe(generator=generator(), dino_conditioning_scale=0, **kwargs).images, expected)
+
+
+def test_ip_adapter_embeds_need_no_image_encoder():
+    """Nor does the negative branch, which is not there."""
+    pipe = tiny_pipeline(dino="dinov2")
+    pipe.transformer._load_ip_adapter_weights([tiny_ip_adapter(pipe.transformer)])
+    expected = upscale(pipe, **IP_EMBEDS)
+    assert torch.equal(upscale(pipe, ip_adapter_image_embeds=IP_EMBEDS["ip_adapter_image_embeds"]), expected)
+
+
+def test_ip_adapter_and_dino_strength(ip_pipe, pipe):
+    def callback(pipeline, step, timestep, kwargs):
+        processors = ip_pipe.transformer.attn_processors.values()
+        assert [isinstance(item, FluxIPAdapterAttnProcessor) for item in processors] == [True, True, False, False]
+        return kwargs
+
+    scales, results = (0, 0.5, 1), {}
+    for ip_scale in (1.0, 0.0):
+        ip_pipe.set_ip_adapter_scale(ip_scale)
+        results[ip_scale] = [
+            upscale(ip_pipe, dino_conditioning_scale=scale, callback_on_step_end=callback, **IP_EMBEDS)
+            for scale in scales
+        ]
+    ip_pipe.set_ip_adapter_scale(1.0)
+    assert_different(*results[1.0], *results[0.0])
+    # An adapter of scale 0 leaves the DINO strength to be compared with the stock processors'.
+    for scale, result in zip(scales, results[0.0]):
+        assert_same(result, upscale(pipe, dino_conditioning_scale=scale))
+
+
+def test_ip_adapter_with_a_batch_of_images(ip_pipe):
+    kwargs = {"dino_conditioning_scale": 0.5, "tile_batch_size": 4, **IP_EMBEDS}
+    batch = upscale(ip_pipe, image=[PHOTO, OTHER_PHOTO], generator=[generator(0), generator(1)], **kwargs)
+    assert_same(batch[1:], upscale(ip_pipe, image=OTHER_PHOTO, generator=[generator(1)], **kwargs))
+
+
+# ---- LoRA, fused projections, compilation --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lora(pipe):
+    torch.manual_seed(7)
+    width, rank = pipe.transformer.inner_dim, 2
+    layers = ["transformer_blocks.0.attn.to_q", "transformer_blocks.1.attn.add_v_proj"]
+    layers += ["single_transformer_blocks.0.attn.to_v"]
+    return {
+        f"transformer.{layer}.{name}.weight": torch.randn(shape)
+        for layer in layers
+        for name, shape in (("lora_A", (rank, width)), ("lora_B", (width, rank)))
+    }
+
+
+@pytest.mark.parametrize("from_file", [True, False])
+def test_lora(own_pipe, lora, from_file, tmp_path):
+    plain = upscale(own_pipe, dino_conditioning_scale=0.5)
+    if from_file:
+        layers = {name.removeprefix("transformer."): weight for name, weight in lora.items()}
+        own_pipe.save_lora_weights(tmp_path, transformer_lora_layers=layers)
+    own_pipe.load_lora_weights(tmp_path if from_file else dict(lora))
+
+    def run(scale):
+        kwargs = {"scale": scale}
+        result = upscale(own_pipe, dino_conditioning_scale=0.5, joint_attention_kwargs=kwargs)
+        assert kwargs == {"scale": scale}
+        return result
+
+    full = upscale(own_pipe, dino_conditioning_scale=0.5)
+    assert_same(run(1.0), full)
+    assert_same(run(0.0), plain)
+    assert_different(plain, run(0.5), full)
+    own_pipe.unload_lora_weights()
+    assert torch.equal(upscale(own_pipe, dino_conditioning_scale=0.5), plain)
+
+
+@pytest.mark.parametrize("scale", [0, 0.5, 1])
+def test_fused_projections(pipe, own_pipe, scale):
+    expected = upscale(pipe, dino_conditioning_scale=scale)
+    own_pipe.transformer.fuse_qkv_projections()
+    assert_same(upscale(own_pipe, dino_conditioning_scale=scale), expected)
+
+
+@pytest.fixture
+def compiled_pipe(own_pipe):
+    torch._dynamo.reset()
+    own_pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+    yield own_pipe
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("scale", [0, 0.5, 1])
+def test_compiled_blocks_give_the_same(pipe, compiled_pipe, scale):
+    expected = upscale(pipe, dino_conditioning_scale=scale)
+    assert_same(upscale(compiled_pipe, dino_conditioning_scale=scale), expected)
+
+
+def test_compiled_blocks_stay_compiled(pipe, compiled_pipe):
+    """For another image, another strength, and a last batch with too few tiles."""
+    row = {"height": 32, "tile_batch_size": 2}
+    upscale(compiled_pipe, dino_conditioning_scale=0.5, width=80, **row)
+    kwargs = {"image": OTHER_PHOTO, "dino_conditioning_scale": 0.7, **row}
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        result = upscale(compiled_pipe, width=80, **kwargs)
+        ragged = upscale(compiled_pipe, width=96, **kwargs)
+    assert_same(result, upscale(pipe, width=80, **kwargs))
+    assert_same(ragged, upscale(pipe, width=96, **kwargs))
+
+
+# ---- Data types and VAEs -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [0, 0.5, 1])
+def test_bfloat16(pipe, own_pipe, scale):
+    own_pipe.to(dtype=torch.bfloat16)
+    kwargs = {"dino_conditioning_scale": scale, "output_type": "pt"}
+    assert_same(upscale(own_pipe, **kwargs), upscale(pipe, **kwargs), atol=0.05)
+    features = own_pipe.encode_dino(PHOTO, upscale_factor=2, **SIX_TILES)
+    assert torch.equal(upscale(own_pipe, dino_embeds=features, **kwargs), upscale(own_pipe, **kwargs))
+
+
+def test_vae_tiling_below_our_tiles(pipe, own_pipe, monkeypatch):
+    own_pipe.vae.enable_tiling()
+    own_pipe.vae.tile_sample_min_size, own_pipe.vae.tile_latent_min_size = 32, 4
+    calls = []
+    tiled_decode = own_pipe.vae._tiled_decode if hasattr(own_pipe.vae, "_tiled_decode") else own_pipe.vae.tiled_decode
+    monkeypatch.setattr(own_pipe.vae, "tiled_decode", lambda *a, **k: calls.append(1) or tiled_decode(*a, **k))
+    result = upscale(own_pipe, output_type="pt", **ONE_TILE)
+    assert calls
+    assert result.shape == (1, 3, 48, 64) and torch.isfinite(result).all()
+    assert_different(result, upscale(pipe, output_type="pt", **ONE_TILE))
+
+
+def test_vae_slicing(pipe, own_pipe):
+    own_pipe.vae.enable_slicing()
+    calls = count_calls(own_pipe.vae.decoder)
+    kwargs = {"image": [PHOTO, OTHER_PHOTO], "output_type": "pt"}
+    assert_same(upscale(own_pipe, **kwargs), upscale(pipe, **kwargs))
+    assert len(calls) == 2 * 6
+
+
+def test_tiny_autoencoder_equals_the_parent(pipe):
+    torch.manual_seed(8)
+    channels = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4}
+    pipe = FluxDinoTilePipeline(**{**pipe.components, "vae": AutoencoderTiny(**channels).eval()})
+    pipe.set_progress_bar_config(disable=True)
+    assert upscale(pipe, output_type="pt", dino_conditioning_scale=0.5).shape == (1, 3, 48, 64)
+    kwargs = {"prompt": "a", "image": LARGE_PHOTO, "height": 48, "width": 64, "strength": 0.5, "output_type": "pt"}
+    kwargs |= {"num_inference_steps": 4, "max_sequence_length": 16}
+    expected = parent_of(pipe)(generator=generator(), **kwargs).images
+    assert_same(pipe(generator=generator(), dino_conditioning_scale=0, **kwargs).images, expected)
+
+
+# ---- Offloading ----------------------------------------------------------------------------------------------------
+
+OFFLOADS = {
+    "model": lambda pipe, device: pipe.enable_model_cpu_offload(device=device),
+    "sequential": lambda pipe, device: pipe.enable_sequential_cpu_offload(device=device),
+    "group": lambda pipe, device: pipe.enable_group_offload(
+        onload_device=torch.device(device), offload_type="leaf_level", use_stream=device == "cuda"
+    ),
+}
+# On the CPU accelerate's sequential offload fails in the stock pipeline too.
+offloads = pytest.mark.parametrize(
+    ("offload", "device"),
+    [
+        *[(OFFLOADS[name], "cpu") for name in ("model", "group")],
+        *[pytest.param(offload, "cuda", marks=[pytest.mark.gpu, gpu]) for offload in OFFLOADS.values()],
+    ],
+    ids=["model-cpu", "group-cpu", *[f"{name}-cuda" for name in OFFLOADS]],
+)
+
+
+def tolerance(device):
+    return 1e-5 if device == "cpu" else 1e-2
+
+
+@offloads
+def test_offloading_gives_the_same(pipe, own_pipe, offload, device):
+    expected = upscale(pipe, dino_conditioning_scale=0.5)
+    offload(own_pipe, device)
+    for _ in range(2):
+        result = upscale(own_pipe, dino_conditioning_scale=0.5)
+        assert result.device.type == device
+        assert_same(result.cpu(), expected, tolerance(device))
+    features = own_pipe.encode_dino(PHOTO, upscale_factor=2, **SIX_TILES)
+    assert_same(upscale(own_pipe, dino_embeds=features, dino_conditioning_scale=0.5), result, tolerance(device))
+
+
+@offloads
+def test_projector_loaded_and_unloaded_under_offloading(pipe, offload, device, tmp_path):
+    pipe.dino_projector.save_pretrained(tmp_path)
+    own_pipe = tiny_pipeline()
+    offload(own_pipe, device)
+    plain = upscale(own_pipe)
+    own_pipe.load_dino_projector(tmp_path, dino_encoder=tiny_dino())
+    if offload is OFFLOADS["model"]:
+        assert {own_pipe.dino_encoder, own_pipe.dino_projector} <= {hook.model for hook in own_pipe._all_hooks}
+    for _ in range(2):
+        assert_same(upscale(own_pipe).cpu(), upscale(pipe), tolerance(device))
+    own_pipe.unload_dino_projector()
+    assert_same(upscale(own_pipe), plain, tolerance(device))
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("scale", [0, 0.5, 1])
+def test_bfloat16_on_a_gpu(pipe, own_pipe, scale):
+    own_pipe.to("cuda", torch.bfloat16)
+    kwargs = {"dino_conditioning_scale": scale, "output_type": "pt"}
+    assert_same(upscale(own_pipe, **kwargs).cpu().float(), upscale(pipe, **kwargs), atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("attention", "device", "dtype", "atol"),
+    [
+        (cpu_attention_with_lse, "cpu", torch.float32, 1e-5),
+        (cpu_attention_with_lse, "cpu", torch.bfloat16, 2e-2),
+        *[
+            pytest.param(attention, "cuda", dtype, 2e-2, marks=[pytest.mark.gpu, gpu])
+            for attention in (cudnn_attention_with_lse, flash_attention_with_lse)
+            for dtype in (torch.float16, torch.bfloat16)
+        ],
+    ],
+)
+@pytest.mark.parametrize("scale", [0.01, 0.5, 3.0])
+def test_merged_attention_is_a_softmax_with_weighted_keys(attention, device, dtype, atol, scale):
+    """On the strided tensors that the processor has, and not on contiguous ones."""
+    start, end = 5, 21
+    query, key, value = torch.randn(3, 2, 69, 4, 64, generator=generator()).to(device, dtype).transpose(2, 3)
+    logits = query.double() @ key.double().transpose(-1, -2) / 8
+    logits[..., start:end] += np.log(scale)
+    expected = logits.softmax(-1) @ value.double()
+    processor = FluxDinoAttnProcessor(start, end, attention)
+    log_scale = torch.full((1, 1, 1), np.log(scale), device=device, dtype=dtype)
+    result = processor.attend(query, key, value, log_scale)
+    assert result.dtype == dtype
+    assert_same(result.double(), expected, atol)
+    plain = (query.double() @ key.double().transpose(-1, -2) / 8).softmax(-1) @ value.double()
+    assert (expected - plain).abs().max() > 4 * atol
+
+
+# ---- Colour --------------------------------------------------------------------------------------------------------
+
+COLOURFUL = Image.fromarray((np.random.default_rng(9).random((4, 4, 3)) * 128 + 64).astype(np.uint8))
+
+
+def coloured(pipe, monkeypatch, color_fix):
+    """A result of 256 x 256 px, not clipped, and its input, resized, both `(1, 3, height, width)` in [0, 1]."""
+    monkeypatch.setattr(pipe.image_processor, "postprocess", lambda images, output_type: images / 2 + 0.5)
+    image = COLOURFUL.resize((64, 64), Image.Resampling.BICUBIC)
+    tiles = {"tile_size": 128, "tile_overlap": 32, "upscale_factor": 4}
+    result = upscale(pipe, image=image, output_type="pt", color_fix=color_fix, start_sigma=0.5, **tiles)
+    resized = np.asarray(image.resize((256, 256), Image.Resampling.LANCZOS), dtype=np.float32) / 255
+    return result, torch.from_numpy(resized).permute(2, 0, 1)[None]
+
+
+def test_wavelet_takes_the_low_frequencies_of_the_input(pipe, monkeypatch):
+    (plain, source), (result, _) = coloured(pipe, monkeypatch, None), coloured(pipe, monkeypatch, "wavelet")
+
+    def error(image):
+        """Of a wide blur of another kind, away from the border."""
+        return F.avg_pool2d(image - source, 81, stride=1).abs().mean()
+
+    assert error(result) < 0.1 * error(plain)
+    # The detail stays: neighbouring pixels differ as they did.
+    detail, change = plain.diff(dim=3).abs().mean(), (result - plain).diff(dim=3).abs().mean()
+    assert change < 0.2 * detail
+
+
+def test_adain_takes_mean_and_deviation_of_the_input(pipe, monkeypatch):
+    (plain, source), (result, _) = coloured(pipe, monkeypatch, None), coloured(pipe, monkeypatch, "adain")
+    for statistic in (torch.mean, torch.std):
+        expected = statistic(source, (2, 3))
+        assert_same(statistic(result, (2, 3)), expected, 1e-3)
+        assert (statistic(plain, (2, 3)) - expected).abs().max() > 0.02
+
+
+# ---- Projectors ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", DINO_KINDS)
+def test_projector_of_two_layers(kind):
+    last = tiny_pipeline(dino=kind)
+    both = tiny_pipeline(dino=kind, projector={"layers": [0, -1], "in_dim": 2 * DINO_DIM})
+    place = {"image": PHOTO, "upscale_factor": 2, **SIX_TILES}
+    features, last_features = both.encode_dino(**place), last.encode_dino(**place)
+    assert features.shape == (6, 1, 2, 2, 2 * DINO_DIM)
+    assert_same(features[..., DINO_DIM:], last_features)
+    assert_different(features[..., :DINO_DIM], last_features)
+    assert_different(upscale(both), upscale(last), upscale(both, dino_conditioning_scale=0))
+
+
+def test_positions_of_the_tile(pipe):
+    place = tiny_pipeline(dino="dinov2", projector={"position_mode": "tile"})
+    small_grid = tiny_pipeline(dino="dinov2", projector={"position_mode": "tile", "token_grid": 2})
+    ids = []
+    for pipeline in (pipe, place, small_grid):
+        hook = pipeline.transformer.register_forward_pre_hook(
+            lambda module, args, kwargs: ids.append(kwargs["txt_ids"]), with_kwargs=True
+        )
+        upscale(pipeline, num_inference_steps=1, **ONE_TILE)
+        hook.remove()
+    assert torch.equal(ids[0], torch.zeros(16 + 12, 3))
+    cells = [[0.0, row, column] for row in range(3) for column in range(4)]
+    assert torch.equal(ids[1], torch.cat([torch.zeros(16, 3), torch.tensor(cells)]))
+    # Two cells for three rows and four columns of tokens: their centres.
+    cells = [[0.0, row, column] for row in (0.25, 1.75) for column in (0.5, 2.5)]
+    assert torch.equal(ids[2], torch.cat([torch.zeros(16, 3), torch.tensor(cells)]))
+    assert_different(upscale(pipe), upscale(place))
+
+
+def save_repository(folder, **config):
+    """A projector's repo with its own encoder; returns the pipeline that it was made from."""
+    pipe = tiny_pipeline(dino="dinov2_with_registers", projector=config)
+    pipe.dino_projector.save_pretrained(folder / "dino_projector")
+    pipe.dino_encoder.save_pretrained(folder / "dino_encoder")
+    return pipe
+
+
+@pytest.mark.parametrize("form", ["repository", "projector", "encoder", "encoder folder", "string", "named in config"])
+def test_load_dino_projector_from_a_folder(form, tmp_path):
+    encoder = str(tmp_path / "dino_encoder") if form == "named in config" else None
+    source = save_repository(tmp_path, sigma_min=0.1, sigma_max=0.6, dino_model=encoder)
+    pipe = tiny_pipeline()
+    plain = upscale(pipe)
+    pipe.load_dino_projector(
+        **{
+            "repository": {"pretrained_model_name_or_path": tmp_path},
+            "string": {"pretrained_model_name_or_path": str(tmp_path)},
+            "named in config": {"pretrained_model_name_or_path": tmp_path},
+            "projector": {"pretrained_model_name_or_path": tmp_path / "dino_projector"},
+            "encoder": {"pretrained_model_name_or_path": tmp_path, "dino_encoder": source.dino_encoder},
+            "encoder folder": {
+                "pretrained_model_name_or_path": tmp_path / "dino_projector",
+                "dino_encoder": tmp_path / "dino_encoder",
+            },
+        }[form]
+    )
+    assert (pipe.dino_projector.config.sigma_min, pipe.dino_projector.config.sigma_max) == (0.1, 0.6)
+    assert not pipe.dino_projector.training and not pipe.dino_encoder.training
+    assert torch.equal(upscale(pipe, dino_conditioning_scale=0.5), upscale(source, dino_conditioning_scale=0.5))
+    pipe.unload_dino_projector()
+    assert pipe.dino_encoder is None and pipe.dino_projector is None
+    assert torch.equal(upscale(pipe), plain)
+
+
+def test_loaded_projector_takes_the_transformers_dtype(tmp_path):
+    save_repository(tmp_path)
+    pipe = tiny_pipeline().to(dtype=torch.bfloat16)
+    pipe.load_dino_projector(tmp_path)
+    assert pipe.dino_projector.dtype == pipe.dino_encoder.dtype == torch.bfloat16
+    assert torch.isfinite(upscale(pipe, dino_conditioning_scale=0.5)).all()
+
+
+@pytest.mark.parametrize(
+    ("part", "pickle"), [("dino_projector", "diffusion_pytorch_model.bin"), ("dino_encoder", "pytorch_model.bin")]
+)
+def test_pickles_are_refused(part, pickle, tmp_path):
+    source = save_repository(tmp_path)
+    for weights in (tmp_path / part).glob("*.safetensors"):
+        weights.unlink()
+    torch.save(source.components[part].state_dict(), tmp_path / part / pickle)
+    pipe = tiny_pipeline()
+    with pytest.raises(OSError, match="safetensors"):
+        pipe.load_dino_projector(tmp_path)
+    assert pipe.dino_encoder is None and pipe.dino_projector is None
+
+
+def test_a_missing_folder_is_an_os_error(tmp_path):
+    with pytest.raises(OSError, match="nowhere"):
+        tiny_pipeline().load_dino_projector(tmp_path / "nowhere")
+
+
+def test_prompt_embeds_of_the_repository_stand_in_for_the_text_encoders(pipe, tmp_path):
+    save_repository(tmp_path)
+    save_file(
+        {name: value.contiguous() for name, value in embed(pipe, "").items()}, tmp_path / "prompt_embeds.safetensors"
+    )
+    components = tiny_components()
+    expected = FluxDinoTilePipeline(**components)
+    without_text = dict.fromkeys(["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"])
+    pipe = FluxDinoTilePipeline(**{**components, **without_text})
+    for item in (expected, pipe):
+        item.set_progress_bar_config(disable=True)
+        item.load_dino_projector(tmp_path)
+    expected.default_prompt_embeds = None
+    assert torch.equal(upscale(pipe, prompt=None), upscale(expected, prompt=""))
+    batch = upscale(pipe, prompt=None, image=[PHOTO, OTHER_PHOTO], generator=[generator(0), generator(1)])
+    assert_same(batch[:1], upscale(pipe, prompt=None, generator=[generator(0)]))
+    pipe.unload_dino_projector()
+    with pytest.raises(ValueError, match="text_encoder"):
+        upscale(pipe, prompt=None)
