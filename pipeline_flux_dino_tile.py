@@ -24,7 +24,7 @@ import json
 import math
 import numbers
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -101,7 +101,7 @@ EXAMPLE_DOC_STRING = """
         ...     "black-forest-labs/FLUX.1-schnell",
         ...     custom_pipeline="<user>/flux-dino-tile",
         ...     trust_remote_code=True,
-        ...     torch_dtype=torch.bfloat16,
+        ...     dtype=torch.bfloat16,
         ... ).to("cuda")
         >>> pipe.load_dino_projector("<user>/flux-dino-tile")
         >>> small = load_image("photo.jpg")
@@ -165,26 +165,15 @@ class Tile(NamedTuple):
 
 @dataclass(frozen=True)
 class TilePlan(Sequence):
-    """
-    A grid of equal tiles that covers a canvas; as a sequence, its tiles row by row.
+    """A grid of equal tiles that covers a canvas, in pixels; as a sequence, its tiles row by row."""
 
-    Args:
-        height (`int`): Height of the canvas in pixels, padded to whole tokens.
-        width (`int`): Width of the canvas in pixels, padded to whole tokens.
-        tile_height (`int`): Height of every tile in pixels.
-        tile_width (`int`): Width of every tile in pixels.
-        tops (`tuple[int, ...]`): First pixel row of each row of tiles.
-        lefts (`tuple[int, ...]`): First pixel column of each column of tiles.
-        pixels_per_token (`int`): Side of a transformer token in pixels, 16 for FLUX.1.
-    """
-
-    height: int
+    height: int  # of the canvas, padded to whole tokens
     width: int
     tile_height: int
     tile_width: int
-    tops: tuple[int, ...]
-    lefts: tuple[int, ...]
-    pixels_per_token: int
+    tops: tuple[int, ...]  # first pixel row of each row of tiles
+    lefts: tuple[int, ...]  # first pixel column of each column of tiles
+    pixels_per_token: int  # side of a transformer token, 16 for FLUX.1
 
     def __len__(self) -> int:
         return len(self.tops) * len(self.lefts)
@@ -277,10 +266,9 @@ def choose_tile_size(
     them gets the largest tiles that it can hold.
     """
 
-    def sides(length: int) -> range:
-        longest = int(math.sqrt(MAX_TILE_TOKENS * MAX_TILE_ASPECT))
-        shortest = int(math.sqrt(MIN_TILE_TOKENS / MAX_TILE_ASPECT))
-        return range(min(length, shortest), min(length, longest) + 1)
+    longest = int(math.sqrt(MAX_TILE_TOKENS * MAX_TILE_ASPECT))
+    shortest = int(math.sqrt(MIN_TILE_TOKENS / MAX_TILE_ASPECT))
+    sides = [range(min(length, shortest), min(length, longest) + 1) for length in (height, width)]
 
     def is_square_enough(rows: int, columns: int) -> bool:
         # A canvas narrower than a tile forces the tile's shape.
@@ -292,8 +280,7 @@ def choose_tile_size(
 
     sizes = [
         (rows, columns)
-        for rows in sides(height)
-        for columns in sides(width)
+        for rows, columns in itertools.product(*sides)
         if rows * columns <= MAX_TILE_TOKENS and is_square_enough(rows, columns)
     ]
     enough = min(MIN_TILE_TOKENS, max(rows * columns for rows, columns in sizes))
@@ -367,8 +354,8 @@ def plan_tiles(
     for length, size in ((rows, tile_rows), (columns, tile_columns)):
         if overlap >= size < length:
             raise ValueError(
-                f"`tile_overlap` must be smaller than the tile of {size * pixels_per_token} px but is {tile_overlap}."
-                " Lower it or pass a larger `tile_size`."
+                f"`tile_overlap` must be smaller than the tile of {size * pixels_per_token} px but is {tile_overlap},"
+                f" {overlap * pixels_per_token} px in whole tokens. Lower it or pass a larger `tile_size`."
             )
 
     tops = tile_starts(rows, tile_rows, overlap)
@@ -389,12 +376,13 @@ def crop_tiles(canvas: torch.Tensor, plan: TilePlan, pixels_per_cell: int) -> to
     return torch.stack([canvas[tile.slices(pixels_per_cell)] for tile in plan])
 
 
-def blend_tiles(tiles: Sequence[torch.Tensor] | torch.Tensor, plan: TilePlan, pixels_per_cell: int) -> torch.Tensor:
-    """Adds up windowed `(batch, channels, rows, columns)` tiles in float32; undoes [`crop_tiles`]."""
-    first = tiles[0]
+def blend_tiles(tiles: Iterable[torch.Tensor], plan: TilePlan, pixels_per_cell: int) -> torch.Tensor:
+    """Adds up windowed `(batch, channels, rows, columns)` tiles in float32, one by one; undoes [`crop_tiles`]."""
+    tiles = iter(tiles)
+    first = next(tiles)
     size = (plan.height // pixels_per_cell, plan.width // pixels_per_cell)
     canvas = torch.zeros(*first.shape[:2], *size, device=first.device, dtype=torch.float32)
-    for tile, values, window in zip(plan, tiles, plan.windows(pixels_per_cell)):
+    for tile, values, window in zip(plan, itertools.chain([first], tiles), plan.windows(pixels_per_cell)):
         canvas[tile.slices(pixels_per_cell)] += values.float() * window.to(first.device)
     return canvas
 
@@ -409,13 +397,11 @@ def low_frequencies(image: torch.Tensor, levels: int = 5) -> torch.Tensor:
     Each level blurs with (1, 2, 1)/4 along both axes at twice the spacing of the last, as in StableSR's
     `wavelet_reconstruction`.
     """
-    channels = image.shape[1]
-    kernel = torch.tensor([0.25, 0.5, 0.25], dtype=image.dtype, device=image.device)
     for level in range(levels):
         spacing = 2**level
-        for shape, pad in (((1, 1, 1, 3), (spacing, spacing, 0, 0)), ((1, 1, 3, 1), (0, 0, spacing, spacing))):
-            weight = kernel.view(shape).expand(channels, 1, *shape[2:])
-            image = F.conv2d(F.pad(image, pad, mode="replicate"), weight, dilation=spacing, groups=channels)
+        for dim, pad in ((3, (spacing, spacing, 0, 0)), (2, (0, 0, spacing, spacing))):
+            padded, length = F.pad(image, pad, mode="replicate"), image.shape[dim]
+            image = (padded.narrow(dim, 0, length) + 2 * image + padded.narrow(dim, 2 * spacing, length)) / 4
     return image
 
 
@@ -423,13 +409,11 @@ def match_color(image: torch.Tensor, reference: torch.Tensor, method: str) -> to
     """
     Gives `image` the colours of `reference`, both `(batch, channels, height, width)`.
 
-    Args:
-        method (`str`):
-            "wavelet" takes the low frequencies from `reference` and keeps the detail of `image`; "adain" matches
-            each channel's mean and standard deviation (adaptive instance normalisation, arXiv 1703.06868).
+    "wavelet" takes the low frequencies from `reference` and keeps the detail of `image`; "adain" matches each
+    channel's mean and standard deviation (adaptive instance normalisation, arXiv 1703.06868).
     """
     if method == "wavelet":
-        return image - low_frequencies(image) + low_frequencies(reference)
+        return image + low_frequencies(reference - image)
     mean, std = image.mean((2, 3), keepdim=True), image.std((2, 3), keepdim=True)
     reference_mean, reference_std = reference.mean((2, 3), keepdim=True), reference.std((2, 3), keepdim=True)
     return (image - mean) / (std + 1e-5) * reference_std + reference_mean
@@ -499,39 +483,20 @@ class DinoProjector(ModelMixin, ConfigMixin):
         self.gain = torch.nn.Parameter(torch.ones(out_dim))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        r"""
-        Args:
-            features (`torch.Tensor` of shape `(..., in_dim)`): Features from [`~DinoProjector.pool`].
-
-        Returns:
-            `torch.Tensor` of shape `(..., out_dim)`: Tokens for `encoder_hidden_states`.
-        """
+        r"""Features `(..., in_dim)` from [`~DinoProjector.pool`] to tokens `(..., out_dim)` of the text stream."""
         return self.linear_2(self.act(self.linear_1(self.norm(features)))) * self.gain
 
     def pool(self, patches: torch.Tensor) -> torch.Tensor:
-        r"""
-        Averages patch features to the token grid.
-
-        Args:
-            patches (`torch.Tensor` of shape `(batch, rows, columns, in_dim)`): Features of every patch of a tile.
-
-        Returns:
-            `torch.Tensor` of shape `(batch, grid_rows, grid_columns, in_dim)`.
-        """
+        r"""Averages patch features `(batch, rows, columns, in_dim)` of a tile to the token grid, of the same form."""
         rows, columns = (min(self.config.token_grid, length) for length in patches.shape[1:3])
         return F.adaptive_avg_pool2d(patches.permute(0, 3, 1, 2), (rows, columns)).permute(0, 2, 3, 1)
 
     def position_ids(self, grid: tuple[int, int], tile_tokens: tuple[int, int]) -> torch.Tensor:
         r"""
-        Rotary positions of the tokens, to follow the text's in `txt_ids`.
+        Rotary positions `(rows * columns, 3)` of the tokens, in float32, to follow the text's in `txt_ids`.
 
-        Args:
-            grid (`tuple[int, int]`): Rows and columns of DINO tokens.
-            tile_tokens (`tuple[int, int]`): Rows and columns of image tokens of the tile.
-
-        Returns:
-            `torch.Tensor` of shape `(rows * columns, 3)` in float32: zeros, or `(0, row, column)` of the centre of
-            the described place, in image tokens.
+        They are zeros, or `(0, row, column)` of the centre of the described place, in image tokens. `grid` and
+        `tile_tokens` are the rows and columns of DINO tokens and of image tokens of a tile.
         """
         ids = torch.zeros(*grid, 3)
         if self.config.position_mode == "tile":
@@ -600,7 +565,7 @@ def select_lse_attention(backend: AttentionBackendName, device: torch.device, dt
     if backend == AttentionBackendName._NATIVE_FLASH:
         return flash_attention_with_lse
     if backend == AttentionBackendName.NATIVE:
-        is_hopper = torch.cuda.get_device_capability(device) >= (9, 0)
+        is_hopper = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
         return cudnn_attention_with_lse if is_hopper else flash_attention_with_lse
     return None
 
@@ -658,7 +623,14 @@ class FluxDinoAttnProcessor(FluxAttnProcessor):
 
         query, key, value = self.project(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
         out = self.attend(query, key, value, attention_mask[..., self.dino_start])
-        return self.project_out(attn, out.transpose(1, 2).flatten(2, 3), encoder_hidden_states)
+        hidden_states = out.transpose(1, 2).flatten(2, 3)
+        # A single block projects outside.
+        if encoder_hidden_states is None:
+            return hidden_states
+        num_text_tokens = encoder_hidden_states.shape[1]
+        text_states = attn.to_add_out(hidden_states[:, :num_text_tokens])
+        image_states = attn.to_out[0](hidden_states[:, num_text_tokens:])
+        return attn.to_out[1](image_states), text_states
 
     def project(self, attn, hidden_states, encoder_hidden_states, image_rotary_emb):
         """Normed and rotated query, key and value of shape `(batch, heads, tokens, head_dim)`, text stream first."""
@@ -677,19 +649,12 @@ class FluxDinoAttnProcessor(FluxAttnProcessor):
     def attend(self, query, key, value, log_scale):
         """Attention of `(batch, heads, tokens, head_dim)` tensors with `log_scale` added to the DINO logits."""
         start, end = self.dino_start, self.dino_end
+        # One copy for both kernels, which need it contiguous.
+        query = query.contiguous()
         rest_key, rest_value = (torch.cat([x[:, :, :start], x[:, :, end:]], dim=2) for x in (key, value))
         out_rest, lse_rest = self.lse_attention(query, rest_key, rest_value)
         out_dino, lse_dino = self.lse_attention(query, key[:, :, start:end], value[:, :, start:end])
         return merge_attention(out_rest, lse_rest, out_dino, lse_dino, log_scale)
-
-    def project_out(self, attn, hidden_states, encoder_hidden_states):
-        """Output projections of a double block, one for each stream; a single block projects outside."""
-        if encoder_hidden_states is None:
-            return hidden_states
-        num_text_tokens = encoder_hidden_states.shape[1]
-        text_states = attn.to_add_out(hidden_states[:, :num_text_tokens])
-        image_states = attn.to_out[0](hidden_states[:, num_text_tokens:])
-        return attn.to_out[1](image_states), text_states
 
 
 # ---- Pipeline ------------------------------------------------------------------------------------------------------
@@ -730,8 +695,9 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             Projector from the features of `dino_encoder` to the text stream of `transformer`.
     """
 
+    # Running a model frees the one before it. DINO may not run, so it must not stand between T5 and the transformer.
     model_cpu_offload_seq = (
-        "text_encoder->text_encoder_2->image_encoder->dino_encoder->dino_projector->transformer->vae"
+        "dino_encoder->dino_projector->text_encoder->text_encoder_2->image_encoder->transformer->vae"
     )
     _optional_components = [
         "text_encoder",
@@ -771,6 +737,8 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         )
         self.register_modules(dino_encoder=dino_encoder, dino_projector=dino_projector)
         self.default_prompt_embeds: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._keep_tile_size = False
+        self._kept_tile_size: tuple[int, int] | None = None
 
     # ---- Loading and saving ----------------------------------------------------------------------------------------
 
@@ -816,12 +784,19 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         if isinstance(pretrained_model_name_or_path, Path) and not Path(source).is_dir():
             raise OSError(f"There is no folder {source}.")
         is_projector_folder = (Path(source) / "config.json").is_file() and not (Path(source) / subfolder).is_dir()
+        repo = str(Path(source).parent) if is_projector_folder else source
         folder = Path(source) if is_projector_folder else Path(source) / subfolder
         if not Path(source).is_dir():
             # `ModelMixin.from_pretrained` would print warnings about itself, and its errors do not name the subfolder.
             for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
                 file = hf_hub_download(source, name, subfolder=subfolder, revision=revision, token=token)
             folder = Path(file).parent
+        class_name = DinoProjector.load_config(folder)["_class_name"]
+        if class_name != DinoProjector.__name__:
+            raise ValueError(
+                f"`pretrained_model_name_or_path` {source} holds a {class_name}, not a DinoProjector. Pass the repo or"
+                " folder of a trained projector."
+            )
         device, dtype = self._execution_device, self.transformer.dtype
         # `ModelMixin.to(dtype)` warns about modules to keep in float32, also where there are none.
         projector = DinoProjector.from_pretrained(folder, use_safetensors=True, torch_dtype=dtype)
@@ -830,34 +805,37 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             name = projector.config.dino_model if encoder is None else str(encoder)
             location = {}
             if name is None:
-                name = str(Path(source).parent) if is_projector_folder else source
-                location = {"revision": revision, "subfolder": "dino_encoder"}
+                name, location = repo, {"revision": revision, "subfolder": "dino_encoder"}
             encoder = AutoModel.from_pretrained(
                 name, token=token, use_safetensors=True, trust_remote_code=False, **location
             )
         self.check_dino_components(encoder, projector)
+        default_prompt_embeds = load_prompt_embeds(repo, revision, token)
 
-        self.register_modules(dino_encoder=encoder.to(dtype=dtype).eval(), dino_projector=projector.eval())
-        self.default_prompt_embeds = load_prompt_embeds(source, revision, token)
-        self._place_dino_components(device)
+        # Under sequential and group offload these two, small beside FLUX, stay on the execution device.
+        encoder, projector = encoder.to(device=device, dtype=dtype).eval(), projector.to(device).eval()
+        self.register_modules(dino_encoder=encoder, dino_projector=projector)
+        self.default_prompt_embeds = default_prompt_embeds
+        # Model offload chains its hooks from component to component: chain them again with these two.
+        self.maybe_free_model_hooks()
 
     def unload_dino_projector(self) -> None:
         r"""Removes the projector, the DINO encoder and the prompt embeddings that came with them."""
         self.register_modules(dino_encoder=None, dino_projector=None)
         self.default_prompt_embeds = None
-        # Model offload chains its hooks from component to component: chain them again without these two.
+        # As after loading.
         self.maybe_free_model_hooks()
 
-    def _place_dino_components(self, device: torch.device) -> None:
-        if getattr(self, "_all_hooks", []):
-            self.maybe_free_model_hooks()
-        else:
-            # Under sequential and group offload these two, small beside FLUX, stay on the execution device.
-            self.dino_encoder.to(device)
-            self.dino_projector.to(device)
-
-    def check_dino_components(self, dino_encoder: PreTrainedModel, dino_projector: DinoProjector) -> None:
-        r"""Raises a `ValueError` unless encoder, projector and transformer fit together."""
+    def check_dino_components(self, dino_encoder: PreTrainedModel | None, dino_projector: DinoProjector) -> None:
+        r"""Raises a `ValueError` unless projector, transformer and, if given, encoder fit together."""
+        joint_dim = self.transformer.config.joint_attention_dim
+        if dino_projector.config.out_dim != joint_dim:
+            raise ValueError(
+                f"`dino_projector` gives tokens of {dino_projector.config.out_dim} channels but the transformer takes"
+                f" {joint_dim}. Use a projector trained for this transformer."
+            )
+        if dino_encoder is None:
+            return
         model_type = dino_encoder.config.model_type
         if model_type not in DINO_MODEL_TYPES:
             raise ValueError(f"`dino_encoder` must be one of {', '.join(DINO_MODEL_TYPES)} but is a {model_type!r}.")
@@ -874,16 +852,22 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
                 f"`dino_projector` takes the layers {list(dino_projector.config.layers)}, but `dino_encoder` has"
                 f" {num_states} hidden states. Pass the encoder that the projector was trained with."
             )
-        self.check_projector_width(dino_projector)
 
-    def check_projector_width(self, dino_projector: DinoProjector) -> None:
-        r"""Raises a `ValueError` unless the projector's tokens fit the transformer."""
-        joint_dim = self.transformer.config.joint_attention_dim
-        if dino_projector.config.out_dim != joint_dim:
-            raise ValueError(
-                f"`dino_projector` gives tokens of {dino_projector.config.out_dim} channels but the transformer takes"
-                f" {joint_dim}. Use a projector trained for this transformer."
-            )
+    def compile_for_upscaling(self, **kwargs) -> None:
+        r"""
+        Compiles the transformer's blocks and the VAE's encoder and decoder, as graphs without breaks.
+
+        A graph fits one tile size, so that from then on the planner keeps to the tile size of the first call that has
+        none given, and the last batch of tiles is filled up. DINO off, at strength 1 and at any other strength take
+        graphs of their own.
+
+        Args:
+            kwargs: Passed to `torch.compile`, for example `mode`.
+        """
+        self.transformer.compile_repeated_blocks(fullgraph=True, **kwargs)
+        for coder in (self.vae.encoder, self.vae.decoder):
+            coder.compile(fullgraph=True, **kwargs)
+        self._keep_tile_size = True
 
     @classmethod
     def load_config(cls, *args, **kwargs):
@@ -913,11 +897,6 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
     def pixels_per_token(self) -> int:
         r"""`int`: Side of a transformer token in pixels: a VAE cell times the 2x2 packing."""
         return self.vae_scale_factor * 2
-
-    @property
-    def inner_dim(self) -> int:
-        r"""`int`: Heads times head dimension of the transformer."""
-        return self.transformer.config.num_attention_heads * self.transformer.config.attention_head_dim
 
     def is_latent_image(self, image: PipelineImageInput) -> bool:
         r"""Whether `image` holds latents, as the parent pipeline allows: a 4-D tensor with the VAE's channels."""
@@ -993,12 +972,9 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             )
         return size
 
-    def check_schedule_inputs(
-        self, strength, start_sigma, sigmas, num_inference_steps, guidance_scale, true_cfg_scale
-    ):
-        r"""Checks what sets the noise levels and the guidance; raises a `ValueError`."""
-        given = {"strength": strength, "sigmas": sigmas}
-        for name, value in given.items():
+    def check_schedule_inputs(self, strength, start_sigma, sigmas, num_inference_steps):
+        r"""Checks what sets the noise levels; raises a `ValueError`."""
+        for name, value in {"strength": strength, "sigmas": sigmas}.items():
             if value is not None and start_sigma is not None:
                 raise ValueError(
                     f"Both `{name}` ({value}) and `start_sigma` ({start_sigma}) set the noise level. Pass one of them."
@@ -1013,76 +989,52 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             )
         if num_inference_steps is not None:
             check_integer("num_inference_steps", num_inference_steps, 1, "Pass the number of denoising steps.")
-        if guidance_scale is not None:
-            check_number("guidance_scale", guidance_scale, 0, 1000, "FLUX.1-dev takes about 3.5.")
-        check_number("true_cfg_scale", true_cfg_scale, 0, 1000, "1 switches true CFG off.")
 
-    def check_tile_inputs(
-        self, image, tile_batch_size, tile_fusion, color_fix, output_type, callback_on_step_end, tensor_inputs
-    ):
-        r"""Checks what the tiles, the result and the callback need; raises a `ValueError`."""
-        check_integer("tile_batch_size", tile_batch_size, 1, "It is the number of tiles in one transformer call.")
-        check_choice("tile_fusion", tile_fusion, ("step", "final"))
+    def check_result_inputs(self, image, color_fix, output_type, callback_on_step_end, tensor_inputs):
+        r"""Checks what the result and the callback need; raises a `ValueError`."""
         check_choice("color_fix", color_fix, (None, "wavelet", "adain"))
         check_choice("output_type", output_type, ("pil", "np", "pt", "latent"))
         if color_fix is not None and (self.is_latent_image(image) or output_type == "latent"):
             raise ValueError(f"`color_fix` {color_fix!r} needs an image and a decoded result, not latents. Pass None.")
         if callback_on_step_end is not None and not callable(callback_on_step_end):
             raise ValueError(f"`callback_on_step_end` must be callable but is {callback_on_step_end!r}.")
-        if not isinstance(tensor_inputs, (list, tuple)):
+        if not isinstance(tensor_inputs, (list, tuple)) and (callback_on_step_end or tensor_inputs is not None):
             raise ValueError(f"`callback_on_step_end_tensor_inputs` must be a list but is {tensor_inputs!r}.")
 
-    def check_prompt_inputs(
-        self,
-        prompt,
-        prompt_2,
-        prompt_embeds,
-        pooled_prompt_embeds,
-        negative_prompt,
-        negative_prompt_2,
-        negative_prompt_embeds,
-        negative_pooled_prompt_embeds,
-        max_sequence_length,
-        joint_attention_kwargs,
-        ip_adapter_inputs,
-    ):
-        r"""Checks the text and IP-Adapter conditioning beyond the parent's `check_inputs`; raises a `ValueError`."""
+    def check_prompt_inputs(self, texts: dict, embeds: dict, max_sequence_length, joint_attention_kwargs):
+        r"""
+        Checks the texts, or their embeddings, by the argument's name; raises a `ValueError`. The parent's
+        `check_inputs` checks what excludes each other.
+        """
         check_integer("max_sequence_length", max_sequence_length, 1, "FLUX.1 takes up to 512 text tokens.")
-        texts_by_name = {
-            "prompt": prompt,
-            "prompt_2": prompt_2,
-            "negative_prompt": negative_prompt,
-            "negative_prompt_2": negative_prompt_2,
-        }
-        for name, texts in texts_by_name.items():
-            entries = texts if isinstance(texts, list) else [""] if texts is None else [texts]
-            if not entries or not all(isinstance(text, str) for text in entries):
-                raise ValueError(f"`{name}` must be a string or a list of strings but is {texts!r}.")
+        for name, text in texts.items():
+            entries = text if isinstance(text, list) else [""] if text is None else [text]
+            if not entries or not all(isinstance(entry, str) for entry in entries):
+                raise ValueError(f"`{name}` must be a string or a list of strings but is {text!r}.")
         config = self.transformer.config
-        for prefix, embeds, pooled in (
-            ("", prompt_embeds, pooled_prompt_embeds),
-            ("negative_", negative_prompt_embeds, negative_pooled_prompt_embeds),
-        ):
-            if embeds is not None:
-                check_embeds(
-                    f"{prefix}prompt_embeds", embeds, (None, None, config.joint_attention_dim), "T5 embeddings"
-                )
-            if embeds is None and pooled is not None:
+        shape: tuple[int | None, ...]
+        for prefix in ("", "negative_"):
+            tokens, pooled = embeds[f"{prefix}prompt_embeds"], embeds[f"{prefix}pooled_prompt_embeds"]
+            if tokens is not None:
+                shape = (None, None, config.joint_attention_dim)
+                check_embeds(f"{prefix}prompt_embeds", tokens, shape, "T5 embeddings")
+            if tokens is None and pooled is not None:
                 raise ValueError(
                     f"`{prefix}pooled_prompt_embeds` is given without `{prefix}prompt_embeds`. Pass both, or a prompt."
                 )
-            if embeds is not None and pooled is not None:
-                shape = (len(embeds), config.pooled_projection_dim)
+            if tokens is not None and pooled is not None:
+                shape = (len(tokens), config.pooled_projection_dim)
                 check_embeds(f"{prefix}pooled_prompt_embeds", pooled, shape, "CLIP embeddings of the same prompts")
-        num_text_tokens = self.get_num_text_tokens(prompt, prompt_embeds, max_sequence_length)
-        if negative_prompt_embeds is not None and negative_prompt_embeds.shape[1] != num_text_tokens:
+        positive, negative = embeds["prompt_embeds"], embeds["negative_prompt_embeds"]
+        num_text_tokens = max_sequence_length if positive is None else positive.shape[1]
+        if negative is not None and negative.shape[1] != num_text_tokens:
             raise ValueError(
-                f"`negative_prompt_embeds` has {negative_prompt_embeds.shape[1]} tokens but the prompt has"
-                f" {num_text_tokens}. Encode both with the same `max_sequence_length`."
+                f"`negative_prompt_embeds` has {negative.shape[1]} tokens but the prompt has {num_text_tokens}. Encode"
+                " both with the same `max_sequence_length`."
             )
         has_text_encoders = self.text_encoder is not None and self.text_encoder_2 is not None
-        needs_text = prompt is not None or (prompt_embeds is None and self.default_prompt_embeds is None)
-        if not has_text_encoders and (needs_text or negative_prompt is not None):
+        prompt, negative_prompt = texts["prompt"], texts["negative_prompt"]
+        if not has_text_encoders and (prompt is not None or negative_prompt is not None):
             raise ValueError(
                 f"`prompt` ({prompt!r}) or `negative_prompt` ({negative_prompt!r}) needs the components `text_encoder`"
                 " and `text_encoder_2`, which this pipeline was loaded without. Load them, or pass `prompt_embeds` and"
@@ -1090,34 +1042,48 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             )
         if joint_attention_kwargs is not None and not isinstance(joint_attention_kwargs, dict):
             raise ValueError(f"`joint_attention_kwargs` must be a dictionary but is {joint_attention_kwargs!r}.")
-        self.check_ip_adapter_inputs(ip_adapter_inputs)
 
-    def check_ip_adapter_inputs(self, ip_adapter_inputs):
-        r"""Checks images and embeddings for an IP-Adapter; raises a `ValueError`."""
+    def check_ip_adapter_inputs(self, ip_adapter_inputs: dict, num_prompts: int, prefixes: tuple[str, ...]):
+        r"""Checks images and embeddings for an IP-Adapter, by the argument's name; raises a `ValueError`."""
+        given = {name: value for name, value in ip_adapter_inputs.items() if value is not None}
         adapters = getattr(self.transformer, "encoder_hid_proj", None)
-        for index, value in enumerate(ip_adapter_inputs):
-            name = ("negative_" if index >= 2 else "") + ("ip_adapter_image", "ip_adapter_image_embeds")[index % 2]
-            if value is None:
-                continue
+        has_image_encoder = self.image_encoder is not None and self.feature_extractor is not None
+        for name, value in given.items():
             if adapters is None:
                 raise ValueError(f"`{name}` is given but no IP-Adapter is loaded. Call `load_ip_adapter` first.")
             values = value if isinstance(value, list) else [value]
             if len(values) != adapters.num_ip_adapters:
                 raise ValueError(f"`{name}` has {len(values)} entries for {adapters.num_ip_adapters} IP-Adapters.")
-            if index % 2 == 1:
+            if name.endswith("_embeds"):
                 for layer, embeds in zip(adapters.image_projection_layers, values):
-                    dim = layer.image_embeds.in_features
-                    check_embeds(name, embeds, (None, None, dim), "image embeddings")
-            elif self.image_encoder is None or self.feature_extractor is None:
+                    check_embeds(name, embeds, (None, None, layer.image_embeds.in_features), "image embeddings")
+                    if len(embeds) not in (1, num_prompts):
+                        raise ValueError(f"`{name}` has {len(embeds)} entries for {num_prompts} prompts.")
+            elif not has_image_encoder:
                 raise ValueError(
                     f"`{name}` needs the components `image_encoder` and `feature_extractor`. Load them, or pass"
                     f" `{name}_embeds`."
                 )
+        for prefix in prefixes:
+            name = f"{prefix}ip_adapter_image"
+            if given and not {name, f"{name}_embeds"} & given.keys() and not has_image_encoder:
+                raise ValueError(
+                    f"`{name}_embeds` is missing, and a black image in its place needs the components `image_encoder`"
+                    " and `feature_extractor`. Pass it, or load them."
+                )
 
-    def check_batch_inputs(self, num_prompts, num_images_per_prompt, per_prompt, generator, latents, plan):
+    def check_batch_inputs(self, num_prompts, num_images_per_prompt, texts, embeds, generator, latents, plan):
         r"""Checks what has to agree with the number of prompts; raises a `ValueError`."""
         check_integer("num_images_per_prompt", num_images_per_prompt, 1, "Pass the number of results for each prompt.")
-        for name, value, lengths in per_prompt:
+        num_texts, num_negative_texts = (
+            len(texts[name]) if isinstance(texts[name], list) else 1 for name in ("prompt", "negative_prompt")
+        )
+        for name, value, lengths in (
+            ("prompt_2", texts["prompt_2"], (num_texts,)),
+            ("negative_prompt", texts["negative_prompt"], (1, num_prompts)),
+            ("negative_prompt_2", texts["negative_prompt_2"], (num_negative_texts,)),
+            ("negative_prompt_embeds", embeds["negative_prompt_embeds"], (1, num_prompts)),
+        ):
             if isinstance(value, (list, torch.Tensor)) and len(value) not in lengths:
                 raise ValueError(f"`{name}` has {len(value)} entries for {num_prompts} prompts.")
         batch_size = num_prompts * num_images_per_prompt
@@ -1131,27 +1097,23 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             shape = (batch_size, num_tokens, self.latent_channels * 4)
             check_embeds("latents", latents, shape, "packed latents of the whole padded output")
 
-    def check_dino_inputs(self, image, plan, num_images, scale, start, end, dino_embeds, joint_attention_kwargs):
+    def check_dino_inputs(self, image, plan, num_images, scale, dino_embeds, joint_attention_kwargs):
         r"""Checks the DINO conditioning; raises a `ValueError`."""
-        check_number("dino_conditioning_scale", scale, 0, 100, "0 is off, 1 is as the projector was trained.")
-        check_number("dino_guidance_start", start, 0, 1, "It is a share of the steps.")
-        check_number("dino_guidance_end", end, start, 1, "It is a share of the steps, from `dino_guidance_start` on.")
         if dino_embeds is not None:
             if self.dino_projector is None:
                 raise ValueError("`dino_embeds` is given but there is no projector. Call `load_dino_projector` first.")
             shape = (len(plan), num_images, None, None, self.dino_projector.config.in_dim)
-            check_embeds(
-                "dino_embeds", dino_embeds, shape, "features from `encode_dino` for the same image, size and tiles"
-            )
+            meaning = "features from `encode_dino` for the same image, size and tiles"
+            check_embeds("dino_embeds", dino_embeds, shape, meaning)
+        if self.dino_projector is None and scale not in (0, 1):
+            logger.warning(f"`dino_conditioning_scale` {scale} has no effect: there is no projector.")
         if scale == 0 or self.dino_projector is None:
             return
-        self.check_projector_width(self.dino_projector)
-        if dino_embeds is None:
-            if self.dino_encoder is None:
-                raise ValueError("`dino_encoder` is missing. Call `load_dino_projector` or pass `dino_embeds`.")
-            if self.is_latent_image(image):
-                raise ValueError("`image` holds latents, which DINO cannot see. Pass `dino_embeds` or pixels.")
-            self.check_dino_components(self.dino_encoder, self.dino_projector)
+        if dino_embeds is None and self.dino_encoder is None:
+            raise ValueError("`dino_encoder` is missing. Call `load_dino_projector` or pass `dino_embeds`.")
+        if dino_embeds is None and self.is_latent_image(image):
+            raise ValueError("`image` holds latents, which DINO cannot see. Pass `dino_embeds` or pixels.")
+        self.check_dino_components(self.dino_encoder if dino_embeds is None else None, self.dino_projector)
         if scale != 1:
             self.check_attention_backends(scale, joint_attention_kwargs or {})
 
@@ -1188,14 +1150,6 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             f"`{name}` has {num_prompts} entries for {num_images} images. Pass one prompt, or one for each image."
         )
 
-    def get_num_text_tokens(self, prompt, prompt_embeds, max_sequence_length: int) -> int:
-        r"""The number of T5 tokens of a call, given or default embeddings included."""
-        if prompt_embeds is not None:
-            return prompt_embeds.shape[1]
-        if prompt is None and self.default_prompt_embeds is not None:
-            return self.default_prompt_embeds[0].shape[1]
-        return max_sequence_length
-
     def get_default_settings(self, strength, sigmas, start_sigma, num_inference_steps, guidance_scale) -> tuple:
         r"""
         Steps, guidance and start sigma where the caller leaves them out.
@@ -1224,11 +1178,12 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         r"""
         The tiles that a call with this output size would process; see [`plan_tiles`] for the arguments, in pixels.
 
-        Example: `len(pipe.plan_tiles(4096, 4096))` is 16.
+        With FLUX.1, `len(pipe.plan_tiles(4096, 4096))` is 16.
         """
         # The plan must not depend on the projector, so that results with and without it can be compared.
+        tile_size = self._kept_tile_size if tile_size is None else tile_size
         plan = plan_tiles(
-            height, width, tile_size, tile_overlap, pixels_per_token=self.pixels_per_token, inner_dim=self.inner_dim
+            height, width, tile_size, tile_overlap, self.pixels_per_token, inner_dim=self.transformer.inner_dim
         )
         if plan.tokens_per_tile > GRID_TILE_TOKENS:
             logger.warning(
@@ -1262,64 +1217,47 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
 
     def encode_tiles(self, image: torch.Tensor, plan: TilePlan, generator) -> torch.Tensor:
         r"""
-        Encodes an image of shape `(batch, 3, height, width)` in [-1, 1] tile by tile.
+        Encodes an image `(batch, 3, height, width)` in [-1, 1] tile by tile to scaled latents in float32 of shape
+        `(batch, latent channels, rows, columns)`.
 
         The tiles' posteriors are blended before one sample is drawn for the whole image, so that the result does not
         depend on the order of the tiles.
-
-        Returns:
-            `torch.Tensor` of shape `(batch, latent channels, rows, columns)`: scaled latents in float32.
         """
-        device = self._execution_device
-        encoded = [self.vae.encode(image[tile.slices()].to(device=device, dtype=self.vae.dtype)) for tile in plan]
-        if hasattr(encoded[0], "latent_dist"):
-            moments = blend_tiles([tile.latent_dist.parameters for tile in encoded], plan, self.vae_scale_factor)
+        blended = blend_tiles((self.encode_tile(image[tile.slices()]) for tile in plan), plan, self.vae_scale_factor)
+        if blended.shape[1] == self.latent_channels:  # an `AutoencoderTiny` has no posterior
+            latents = blended
+        else:
             generators = generator if isinstance(generator, list) else [generator]
-            parts = moments.split(1) if len(generators) > 1 else [moments]
+            parts = blended.split(1) if len(generators) > 1 else [blended]
             latents = torch.cat(
                 [
                     retrieve_latents(AutoencoderKLOutput(DiagonalGaussianDistribution(part)), generator=generator)
                     for part, generator in zip(parts, generators)
                 ]
             )
-        else:
-            latents = blend_tiles([tile.latents for tile in encoded], plan, self.vae_scale_factor)
         return (latents - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+
+    def encode_tile(self, pixels: torch.Tensor) -> torch.Tensor:
+        r"""Mean and log-variance, stacked as channels, of a tile's posterior, or its latents if the VAE has none."""
+        # Contiguous, because a compiled encoder is compiled for given strides.
+        encoded = self.vae.encode(pixels.contiguous().to(device=self._execution_device, dtype=self.vae.dtype))
+        return encoded.latent_dist.parameters if hasattr(encoded, "latent_dist") else encoded.latents
 
     def decode_tiles(self, latents: torch.Tensor, plan: TilePlan) -> torch.Tensor:
         r"""
-        Decodes `(batch, latent channels, rows, columns)` latents tile by tile and blends the pixels on the CPU.
-
-        Returns:
-            `torch.Tensor` of shape `(batch, 3, height, width)`: the padded image, about in [-1, 1], in float32.
+        Decodes `(batch, latent channels, rows, columns)` latents tile by tile and blends the pixels on the CPU, to the
+        padded image `(batch, 3, height, width)`, about in [-1, 1], in float32.
         """
         latents = latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
-        canvas = torch.zeros(latents.shape[0], 3, plan.height, plan.width)
-        for tile, window in zip(plan, plan.windows()):
-            tile_latents = latents[tile.slices(self.vae_scale_factor)].to(self.vae.dtype)
-            canvas[tile.slices()] += self.vae.decode(tile_latents, return_dict=False)[0].float().cpu() * window
-        return canvas
+        # Contiguous, because a compiled decoder is compiled for given strides.
+        tiles = (latents[tile.slices(self.vae_scale_factor)].contiguous().to(self.vae.dtype) for tile in plan)
+        return blend_tiles((self.vae.decode(tile, return_dict=False)[0].float().cpu() for tile in tiles), plan, 1)
 
-    def prepare_tile_latents(self, image_latents, timestep, batch_size, plan, generator, latents=None):
-        r"""
-        The noisy latents of the whole image, from one noise canvas.
-
-        Args:
-            image_latents (`torch.Tensor` of shape `(batch, latent channels, rows, columns)`): Of the resized image.
-            timestep (`torch.Tensor` of shape `(batch,)`): The first timestep.
-            latents (`torch.Tensor`, *optional*): Noisy latents of the caller, packed as in the parent pipeline.
-
-        Returns:
-            `torch.Tensor` of shape `(batch, latent channels, rows, columns)` in float32.
-        """
-        device = self._execution_device
-        if latents is not None:
-            return self.unpack_canvas(latents.to(device=device, dtype=torch.float32), plan.height, plan.width)
-        image_latents = image_latents.to(device=device, dtype=torch.float32)
+    def add_noise(self, image_latents: torch.Tensor, timestep: torch.Tensor, generator) -> torch.Tensor:
+        r"""Image latents `(batch, latent channels, rows, columns)` noised to a timestep, from one noise canvas."""
         # In float32 whatever the models' dtype, so that a seed stands for the same noise.
-        shape = (batch_size, *image_latents.shape[1:])
-        noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        return self.scheduler.scale_noise(image_latents, timestep, noise)
+        noise = randn_tensor(image_latents.shape, generator, image_latents.device, torch.float32)
+        return self.scheduler.scale_noise(image_latents, timestep.repeat(len(image_latents)), noise)
 
     def pack_canvas(self, latents: torch.Tensor) -> torch.Tensor:
         r"""`(batch, channels, rows, columns)` latents to `(batch, tokens, 4 * channels)`, the parent's packing."""
@@ -1388,6 +1326,13 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         DINO features of every tile, to be passed as `dino_embeds` to calls with the same image, size and tiles, for
         example to try several strengths.
 
+        Args:
+            image (`PipelineImageInput`): As for a call, but no latents.
+            height, width (`int`, *optional*): Size of the output in pixels.
+            upscale_factor (`float`, *optional*, defaults to 4): Enlargement, unless `height` and `width` are given.
+            tile_size (`int` or `tuple[int, int]`, *optional*): Tile size in pixels; planned by default.
+            tile_overlap (`int`, defaults to 64): Least overlap of tiles in pixels.
+
         Returns:
             `torch.Tensor` of shape `(num_tiles, batch, grid rows, grid columns, features)`.
 
@@ -1401,17 +1346,17 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         height, width = self.get_output_size(image, height, width, upscale_factor)
         plan = self.plan_tiles(height, width, tile_size, tile_overlap)
         self.check_dino_components(self.dino_encoder, self.dino_projector)
-        return self.encode_dino_tiles(self.prepare_image(image, height, width), plan)
+        features = self.encode_dino_tiles(self.prepare_image(image, height, width), plan)
+        self.maybe_free_model_hooks()
+        return features
 
     def encode_dino_tiles(self, image: torch.Tensor, plan: TilePlan) -> torch.Tensor:
         r"""
-        DINO features of the tiles of an image of shape `(batch, 3, height, width)` in [-1, 1].
+        DINO features `(num_tiles, batch, grid rows, grid columns, features)` of the tiles of an image `(batch, 3,
+        height, width)` in [-1, 1].
 
         Every tile is resized so that one DINO patch lies under each transformer token. (The encoder's own image
         processor would crop the tile's centre.)
-
-        Returns:
-            `torch.Tensor` of shape `(num_tiles, batch, grid rows, grid columns, features)`.
         """
         patch_size = self.dino_encoder.config.patch_size
         rows, columns = plan.tile_height // self.pixels_per_token, plan.tile_width // self.pixels_per_token
@@ -1458,80 +1403,71 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
     @staticmethod
     def expand_images(values: torch.Tensor, num_prompts: int, batch_size: int) -> torch.Tensor:
         r"""Repeats `(num_images, ...)` values for the prompts, then each of them for its `num_images_per_prompt`."""
-        num_prompts = max(num_prompts, values.shape[0])
+        if values.shape[0] == batch_size:
+            return values
         values = torch.cat([values] * (num_prompts // values.shape[0]))
         return values.repeat_interleave(batch_size // num_prompts, dim=0)
 
     @contextmanager
-    def dino_attention(self, dino: DinoTokens | None, num_text_tokens: int, dtype: torch.dtype) -> Iterator[None]:
+    def dino_attention(self, dino: DinoTokens | None, num_text_tokens: int) -> Iterator[None]:
         r"""Lets stock attention processors weigh the DINO keys while the context lasts, then puts them back."""
         if dino is None or dino.scale == 1:
             yield
             return
         stock = self.transformer.attn_processors
-        shared: dict[AttentionBackendName, FluxDinoAttnProcessor] = {}
-        replaced = {}
+        replaced = dict(stock)
         for name, processor in stock.items():
-            replaced[name] = processor
             # Others, such as an IP-Adapter's, take the bias as a mask.
             if type(processor) is FluxAttnProcessor:
-                backend = attention_backend_of(processor)
-                if backend not in shared:
-                    lse_attention = select_lse_attention(backend, self._execution_device, dtype)
-                    num_tokens = dino.tokens.shape[2]
-                    shared[backend] = FluxDinoAttnProcessor(
-                        num_text_tokens, num_text_tokens + num_tokens, lse_attention
-                    )
-                    shared[backend]._attention_backend = processor._attention_backend
-                replaced[name] = shared[backend]
+                lse_attention = select_lse_attention(
+                    attention_backend_of(processor), self._execution_device, self.transformer.dtype
+                )
+                dino_end = num_text_tokens + dino.tokens.shape[2]
+                replaced[name] = FluxDinoAttnProcessor(num_text_tokens, dino_end, lse_attention)
+                replaced[name]._attention_backend = processor._attention_backend
         self.transformer.set_attn_processor(replaced)
         try:
             yield
         finally:
-            self.transformer.set_attn_processor(dict(stock))
+            self.transformer.set_attn_processor(stock)
 
     # ---- Denoising -------------------------------------------------------------------------------------------------
 
-    def encode_branch(
-        self, prompt, prompt_2, prompt_embeds, pooled_prompt_embeds, ip_adapter_embeds, batch_size, max_sequence_length
-    ) -> PromptBranch:
-        r"""Encodes a prompt, or takes its embeddings, for `batch_size` results."""
+    def encode_branch(self, prefix, texts, embeds, ip_adapter_embeds, batch_size, max_sequence_length) -> PromptBranch:
+        r"""Encodes the texts whose names begin with `prefix`, or takes their embeddings, for `batch_size` results."""
         device = self._execution_device
         prompt_embeds, pooled_prompt_embeds, _ = self.encode_prompt(
-            prompt=prompt,
-            prompt_2=prompt_2,
-            prompt_embeds=prompt_embeds,
-            pooled_prompt_embeds=pooled_prompt_embeds,
+            prompt=texts[f"{prefix}prompt"],
+            prompt_2=texts[f"{prefix}prompt_2"],
+            prompt_embeds=embeds[f"{prefix}prompt_embeds"],
+            pooled_prompt_embeds=embeds[f"{prefix}pooled_prompt_embeds"],
             device=device,
             max_sequence_length=max_sequence_length,
             lora_scale=self.joint_attention_kwargs.get("scale"),
         )
-        dtype = prompt_embeds.dtype if self.text_encoder is not None else self.transformer.dtype
         prompt_embeds, pooled_prompt_embeds = (
-            embeds.to(device=device, dtype=dtype).repeat_interleave(batch_size // embeds.shape[0], dim=0)
+            embeds.to(device=device, dtype=self.transformer.dtype).repeat_interleave(
+                batch_size // embeds.shape[0], dim=0
+            )
             for embeds in (prompt_embeds, pooled_prompt_embeds)
         )
         text_ids = torch.zeros(prompt_embeds.shape[1], 3, device=device)
         return PromptBranch(prompt_embeds, pooled_prompt_embeds, text_ids, ip_adapter_embeds)
 
-    def prepare_ip_adapter_branches(
-        self, image, image_embeds, negative_image, negative_image_embeds, batch_size, do_true_cfg
-    ):
-        r"""IP-Adapter embeddings of the positive and, with true CFG, the negative branch; black if missing."""
-        if all(value is None for value in (image, image_embeds, negative_image, negative_image_embeds)):
-            return None, None
-        black = np.zeros((224, 224, 3), dtype=np.uint8)
-
-        def prepare(image, embeds):
-            image = black if image is None and embeds is None else image
-            return self.prepare_ip_adapter_image_embeds(image, embeds, self._execution_device, batch_size)
-
-        return prepare(image, image_embeds), prepare(negative_image, negative_image_embeds) if do_true_cfg else None
+    def encode_ip_adapter_branch(self, prefix, inputs, num_prompts, batch_size) -> list[torch.Tensor] | None:
+        r"""Embeddings of the IP-Adapter images whose names begin with `prefix`; black if only others are given."""
+        if all(value is None for value in inputs.values()):
+            return None
+        image, embeds = inputs[f"{prefix}ip_adapter_image"], inputs[f"{prefix}ip_adapter_image_embeds"]
+        if image is None and embeds is None:
+            image = [np.zeros((224, 224, 3), dtype=np.uint8)] * self.transformer.encoder_hid_proj.num_ip_adapters
+        embeds = self.prepare_ip_adapter_image_embeds(image, embeds, self._execution_device, 1)
+        return [self.expand_images(entry, num_prompts, batch_size) for entry in embeds]
 
     def get_tile_batches(self, num_tiles: int, tile_batch_size: int) -> list[list[int]]:
         r"""
-        Tile indices of each transformer call, as even as possible. For a compiled transformer the last batch is filled
-        up with its last tile, since another shape would compile it again.
+        Tile indices of each transformer call, equally many but for the last. For a compiled transformer the last
+        batch is filled up with its last tile, since another shape would compile it again.
         """
         num_batches = math.ceil(num_tiles / tile_batch_size)
         size = math.ceil(num_tiles / num_batches)
@@ -1550,17 +1486,10 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         dino: DinoTokens | None = None,
     ) -> torch.Tensor:
         r"""
-        One transformer call for a batch of tiles.
+        One transformer call: noisy latents `(tiles * batch, latent channels, rows, columns)` to velocities in float32.
 
-        Args:
-            latents (`torch.Tensor` of shape `(tiles * batch, latent channels, rows, columns)`): Noisy tiles.
-            timestep (`torch.Tensor`): The scheduler's timestep, a scalar.
-            branch ([`PromptBranch`]): Conditioning of `batch` entries, repeated for the tiles.
-            guidance (`torch.Tensor` of shape `(1,)`, *optional*): Guidance embedded in the transformer.
-            dino ([`DinoTokens`], *optional*): Tokens of these tiles, in order.
-
-        Returns:
-            `torch.Tensor` of shape `(tiles * batch, latent channels, rows, columns)`: velocity, in float32.
+        `timestep` is the scheduler's, a scalar. `branch` has `batch` entries, which are repeated for the tiles, and
+        `dino` has the tokens of these tiles in order. `guidance` has shape `(1,)`.
         """
         num, _, rows, columns = latents.shape
         dtype = branch.prompt_embeds.dtype
@@ -1705,7 +1634,8 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             num_images_per_prompt (`int`, defaults to 1):
                 Results for each prompt.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
-                Source of the noise, drawn once for the whole image: the result does not depend on `tile_batch_size`.
+                Source of the noise, drawn once for the whole image: but for rounding, the result does not depend on
+                `tile_batch_size`.
             latents (`torch.Tensor`, *optional*):
                 Noisy latents to start from instead of the noised image, packed: `(batch, tokens, 4 * latent channels)`
                 for the output padded to whole tokens.
@@ -1716,7 +1646,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             ip_adapter_image (`PipelineImageInput`, *optional*):
                 Image for a loaded IP-Adapter; all tiles get it.
             ip_adapter_image_embeds (`list[torch.Tensor]`, *optional*):
-                Its embeddings, one `(batch, num_images, dim)` for each adapter.
+                Its embeddings, one `(1 or number of prompts, num_images, dim)` for each adapter.
             negative_ip_adapter_image (`PipelineImageInput`, *optional*):
                 Image for the negative branch.
             negative_ip_adapter_image_embeds (`list[torch.Tensor]`, *optional*):
@@ -1745,7 +1675,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
                 `strength`. Defaults to 0.35 without `strength` and `sigmas`.
             tile_size (`int` or `tuple[int, int]`, *optional*):
                 Tile side, or height and width, in pixels, a multiple of 16 for FLUX.1. Defaults to the size of 0.8 to
-                1.3 MP that costs the least work for this output.
+                1.3 MP, or less for a small output, that costs the least work.
             tile_overlap (`int`, defaults to 64):
                 Least overlap of neighbouring tiles in pixels.
             tile_batch_size (`int`, defaults to 1):
@@ -1777,70 +1707,56 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         plan = self.plan_tiles(height, width, tile_size, tile_overlap)
         is_latent_image = self.is_latent_image(image)
         num_images = image.shape[0] if is_latent_image else len(self.check_image(image))
-        ip_adapter_inputs = (
-            ip_adapter_image,
-            ip_adapter_image_embeds,
-            negative_ip_adapter_image,
-            negative_ip_adapter_image_embeds,
+        if prompt is None and prompt_embeds is None:
+            prompt = ""
+            if self.default_prompt_embeds is not None and prompt_2 is None and pooled_prompt_embeds is None:
+                prompt, (prompt_embeds, pooled_prompt_embeds) = None, self.default_prompt_embeds
+        texts = {
+            "prompt": prompt,
+            "prompt_2": prompt_2,
+            "negative_prompt": negative_prompt,
+            "negative_prompt_2": negative_prompt_2,
+        }
+        embeds = {
+            "prompt_embeds": prompt_embeds,
+            "pooled_prompt_embeds": pooled_prompt_embeds,
+            "negative_prompt_embeds": negative_prompt_embeds,
+            "negative_pooled_prompt_embeds": negative_pooled_prompt_embeds,
+        }
+        ip_adapter_inputs = {
+            "ip_adapter_image": ip_adapter_image,
+            "ip_adapter_image_embeds": ip_adapter_image_embeds,
+            "negative_ip_adapter_image": negative_ip_adapter_image,
+            "negative_ip_adapter_image_embeds": negative_ip_adapter_image_embeds,
+        }
+        self.check_schedule_inputs(strength, start_sigma, sigmas, num_inference_steps)
+        if guidance_scale is not None:
+            check_number("guidance_scale", guidance_scale, 0, 1000, "FLUX.1-dev takes about 3.5.")
+        check_number("true_cfg_scale", true_cfg_scale, 0, 1000, "1 switches true CFG off.")
+        check_integer("tile_batch_size", tile_batch_size, 1, "It is the number of tiles in one transformer call.")
+        check_choice("tile_fusion", tile_fusion, ("step", "final"))
+        self.check_result_inputs(
+            image, color_fix, output_type, callback_on_step_end, callback_on_step_end_tensor_inputs
         )
-        self.check_schedule_inputs(strength, start_sigma, sigmas, num_inference_steps, guidance_scale, true_cfg_scale)
-        self.check_tile_inputs(
-            image,
-            tile_batch_size,
-            tile_fusion,
-            color_fix,
-            output_type,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-        )
-        self.check_prompt_inputs(
-            prompt,
-            prompt_2,
-            prompt_embeds,
-            pooled_prompt_embeds,
-            negative_prompt,
-            negative_prompt_2,
-            negative_prompt_embeds,
-            negative_pooled_prompt_embeds,
-            max_sequence_length,
-            joint_attention_kwargs,
-            ip_adapter_inputs,
-        )
+        self.check_prompt_inputs(texts, embeds, max_sequence_length, joint_attention_kwargs)
         self.check_inputs(
-            "" if prompt is None and prompt_embeds is None else prompt,
-            prompt_2,
-            1.0 if strength is None else strength,
-            plan.height,
-            plan.width,
-            negative_prompt=negative_prompt,
-            negative_prompt_2=negative_prompt_2,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            pooled_prompt_embeds=pooled_prompt_embeds,
-            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
+            strength=1.0 if strength is None else strength,
+            height=plan.height,
+            width=plan.width,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             max_sequence_length=max_sequence_length,
+            **texts,
+            **embeds,
         )
         num_prompts = self.get_num_prompts(prompt, prompt_embeds, num_images)
-        num_texts = len(prompt) if isinstance(prompt, list) else 1
-        num_negative_texts = len(negative_prompt) if isinstance(negative_prompt, list) else 1
-        per_prompt = (
-            ("prompt_2", prompt_2, (num_texts,)),
-            ("negative_prompt", negative_prompt, (1, num_prompts)),
-            ("negative_prompt_2", negative_prompt_2, (num_negative_texts,)),
-            ("negative_prompt_embeds", negative_prompt_embeds, (1, num_prompts)),
-        )
-        self.check_batch_inputs(num_prompts, num_images_per_prompt, per_prompt, generator, latents, plan)
-        self.check_dino_inputs(
-            image,
-            plan,
-            num_images,
-            dino_conditioning_scale,
-            dino_guidance_start,
-            dino_guidance_end,
-            dino_embeds,
-            joint_attention_kwargs,
-        )
+        do_true_cfg = true_cfg_scale > 1 and (negative_prompt is not None or negative_prompt_embeds is not None)
+        prefixes = ("", "negative_") if do_true_cfg else ("",)
+        self.check_batch_inputs(num_prompts, num_images_per_prompt, texts, embeds, generator, latents, plan)
+        self.check_ip_adapter_inputs(ip_adapter_inputs, num_prompts, prefixes)
+        check_number("dino_conditioning_scale", dino_conditioning_scale, 0, 100, "0 is off, 1 is as trained.")
+        check_number("dino_guidance_start", dino_guidance_start, 0, 1, "It is a share of the steps.")
+        check_number("dino_guidance_end", dino_guidance_end, dino_guidance_start, 1, "It is a share of the steps.")
+        self.check_dino_inputs(image, plan, num_images, dino_conditioning_scale, dino_embeds, joint_attention_kwargs)
 
         # 2. Define call parameters and timesteps
         num_inference_steps, guidance_scale, start_sigma = self.get_default_settings(
@@ -1849,6 +1765,8 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         timesteps = self.get_tile_timesteps(num_inference_steps, sigmas, strength, start_sigma, plan)
         batch_size = num_prompts * num_images_per_prompt
         device = self._execution_device
+        if self._keep_tile_size and tile_size is None:
+            self._kept_tile_size = (plan.tile_height, plan.tile_width)
         self._guidance_scale = guidance_scale
         self._joint_attention_kwargs = joint_attention_kwargs or {}
         self._interrupt = False
@@ -1856,30 +1774,16 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
 
         # 3. Preprocess the image and encode the prompts
         canvas_image = image if is_latent_image else self.prepare_image(image, height, width)
-        max_sequence_length = self.get_num_text_tokens(prompt, prompt_embeds, max_sequence_length)
-        if prompt is None and prompt_embeds is None:
-            prompt = "" if self.default_prompt_embeds is None else None
-            prompt_embeds, pooled_prompt_embeds = self.default_prompt_embeds or (None, None)
-        do_true_cfg = true_cfg_scale > 1 and (negative_prompt is not None or negative_prompt_embeds is not None)
-        ip_embeds, negative_ip_embeds = self.prepare_ip_adapter_branches(*ip_adapter_inputs, batch_size, do_true_cfg)
-        branches = [
-            self.encode_branch(
-                prompt, prompt_2, prompt_embeds, pooled_prompt_embeds, ip_embeds, batch_size, max_sequence_length
-            )
+        if prompt_embeds is not None:
+            # A negative prompt gets as many tokens, for both share the positions.
+            max_sequence_length = prompt_embeds.shape[1]
+        ip_branches = [
+            self.encode_ip_adapter_branch(prefix, ip_adapter_inputs, num_prompts, batch_size) for prefix in prefixes
         ]
-        if do_true_cfg:
-            branches.append(
-                self.encode_branch(
-                    negative_prompt,
-                    negative_prompt_2,
-                    negative_prompt_embeds,
-                    negative_pooled_prompt_embeds,
-                    negative_ip_embeds,
-                    batch_size,
-                    max_sequence_length,
-                )
-            )
-        dtype = branches[0].prompt_embeds.dtype
+        branches = [
+            self.encode_branch(prefix, texts, embeds, ip_embeds, batch_size, max_sequence_length)
+            for prefix, ip_embeds in zip(prefixes, ip_branches)
+        ]
 
         # 4. Encode what DINO sees in each tile
         num_steps = len(timesteps)
@@ -1896,13 +1800,12 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             dino = self.prepare_dino_tokens(features, plan, float(dino_conditioning_scale))
 
         # 5. Encode the image and add noise
-        image_latents = None
         if latents is None:
             image_latents = canvas_image if is_latent_image else self.encode_tiles(canvas_image, plan, generator)
             image_latents = self.expand_images(image_latents, num_prompts, batch_size)
-        latents = self.prepare_tile_latents(
-            image_latents, timesteps[:1].repeat(batch_size), batch_size, plan, generator, latents
-        )
+            latents = self.add_noise(image_latents.to(device=device, dtype=torch.float32), timesteps[:1], generator)
+        else:
+            latents = self.unpack_canvas(latents.to(device=device, dtype=torch.float32), plan.height, plan.width)
 
         # 6. Denoise: with "step" the state is the canvas, with "final" it is the stack of tiles
         guidance = None
@@ -1913,7 +1816,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         state = latents if is_fused else crop_tiles(latents, plan, cell)
         tile_batches = self.get_tile_batches(len(plan), tile_batch_size)
         with (
-            self.dino_attention(dino, branches[0].prompt_embeds.shape[1], dtype),
+            self.dino_attention(dino, branches[0].prompt_embeds.shape[1]),
             self.progress_bar(total=num_steps * len(tile_batches)) as progress_bar,
         ):
             for i, t in enumerate(timesteps):
@@ -1986,11 +1889,10 @@ def split_image_batch(value: np.ndarray | torch.Tensor) -> list:
 
 def is_falling(sigmas: Any) -> bool:
     """Whether `sigmas` is a list of numbers that fall from at most 1 to above 0."""
-    if not isinstance(sigmas, (list, tuple, np.ndarray)) or np.ndim(sigmas) != 1 or len(sigmas) == 0:
+    is_list = isinstance(sigmas, (list, tuple)) or (isinstance(sigmas, np.ndarray) and sigmas.ndim == 1)
+    if not is_list or len(sigmas) == 0 or not all(isinstance(sigma, numbers.Real) for sigma in sigmas):
         return False
-    if not all(isinstance(sigma, numbers.Real) for sigma in sigmas):
-        return False
-    return sigmas[0] <= 1 and sigmas[-1] > 0 and all(high > low for high, low in itertools.pairwise(sigmas))
+    return sigmas[0] <= 1 and all(high > low for high, low in itertools.pairwise([*sigmas, 0]))
 
 
 def attention_backend_of(processor: Any) -> AttentionBackendName:

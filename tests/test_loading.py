@@ -92,13 +92,13 @@ answer(None)
 FILE = """
 pipe = DiffusionPipeline.from_pretrained(f"{folder}/flux", custom_pipeline=pipeline_file, trust_remote_code=True)
 assert pipe.dino_projector is None and pipe.dino_encoder is None
-plain = upscale(pipe)
+plain = upscale(pipe, dino_conditioning_scale=1.0)
 pipe.load_dino_projector(f"{folder}/with-encoder")
 digests = with_and_without_dino(pipe)
 assert digests[1] == plain, "a scale of 0 is not the pipeline without a projector"
 pipe.save_pretrained(f"{folder}/saved")
 pipe.unload_dino_projector()
-assert upscale(pipe) == plain
+assert upscale(pipe, dino_conditioning_scale=1.0) == plain
 answer(digests)
 """
 

@@ -906,3 +906,96 @@ def test_prompt_embeds_of_the_repository_stand_in_for_the_text_encoders(pipe, tm
     pipe.unload_dino_projector()
     with pytest.raises(ValueError, match="text_encoder"):
         upscale(pipe, prompt=None)
+
+
+# ---- What a review found -------------------------------------------------------------------------------------------
+
+
+def test_embeddings_of_another_dtype_are_cast(own_pipe):
+    own_pipe.to(dtype=torch.bfloat16)
+    embeds = {"prompt_embeds": torch.randn(1, 8, 32), "pooled_prompt_embeds": torch.randn(1, 16)}
+    given = upscale(own_pipe, **embeds)
+    own_pipe.default_prompt_embeds = tuple(embeds.values())
+    assert torch.equal(upscale(own_pipe, prompt=None), given)
+
+
+def test_prompt_2_counts_also_with_default_embeddings(own_pipe):
+    own_pipe.default_prompt_embeds = tuple(embed(own_pipe, "").values())
+    assert torch.equal(upscale(own_pipe, prompt=None), upscale(own_pipe, **embed(own_pipe, "")))
+    assert_different(upscale(own_pipe, prompt=None), upscale(own_pipe, prompt=None, prompt_2="moss"))
+
+
+def test_each_prompt_has_its_own_ip_adapter_embeddings(own_pipe):
+    own_pipe.transformer._load_ip_adapter_weights([tiny_ip_adapter(own_pipe.transformer)])
+    embeds = torch.randn(2, 1, 8, generator=generator())
+    noise = torch.randn(2, 12, 16, generator=generator(1))
+    both = upscale(own_pipe, prompt=["a", "a"], latents=noise, ip_adapter_image_embeds=[embeds])
+    for index in range(2):
+        each = slice(index, index + 1)
+        alone = upscale(own_pipe, prompt="a", latents=noise[each], ip_adapter_image_embeds=[embeds[each]])
+        assert_same(both[each], alone)
+    assert_different(*both.split(1))
+
+
+def test_the_text_encoder_leaves_before_the_transformer_comes():
+    """Model offload frees the model before the running one in the sequence, and DINO may have nothing to do."""
+    order = FluxDinoTilePipeline.model_cpu_offload_seq.split("->")
+    between = order[order.index("text_encoder_2") + 1 : order.index("transformer")]
+    assert set(between) <= {"image_encoder"}
+    assert {"dino_encoder", "dino_projector"} <= set(order)
+
+
+def test_a_projector_folder_belongs_to_its_repo(tmp_path, own_pipe):
+    """Encoder and prompt embeddings lie beside the folder; a broken file there leaves nothing half loaded."""
+    own_pipe.dino_projector.save_pretrained(tmp_path / "dino_projector")
+    own_pipe.dino_encoder.save_pretrained(tmp_path / "dino_encoder")
+    save_file(
+        {"prompt_embeds": torch.ones(1, 8, 32), "pooled_prompt_embeds": torch.ones(1, 16)},
+        tmp_path / "prompt_embeds.safetensors",
+    )
+    pipe = tiny_pipeline()
+    pipe.load_dino_projector(tmp_path / "dino_projector")
+    assert pipe.default_prompt_embeds[0].shape == (1, 8, 32)
+    assert_same(upscale(pipe), upscale(own_pipe))
+    (tmp_path / "prompt_embeds.safetensors").write_bytes(b"broken")
+    pipe = tiny_pipeline()
+    with pytest.raises(Exception, match="header"):
+        pipe.load_dino_projector(tmp_path / "dino_projector")
+    assert pipe.dino_projector is None and pipe.dino_encoder is None
+
+
+def test_another_model_is_no_projector(tmp_path, own_pipe):
+    own_pipe.transformer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds a FluxTransformer2DModel, not a DinoProjector"):
+        own_pipe.load_dino_projector(tmp_path)
+
+
+def test_a_strength_without_a_projector_is_said_to_have_no_effect(caplog):
+    pipe = tiny_pipeline()
+    with caplog.at_level("WARNING"):
+        upscale(pipe, dino_conditioning_scale=1)
+        assert not caplog.records
+        upscale(pipe, dino_conditioning_scale=0.6)
+    assert "`dino_conditioning_scale` 0.6 has no effect" in caplog.text
+
+
+def test_a_start_above_the_trained_noise_is_said(caplog):
+    pipe = tiny_pipeline(dino="dinov2", projector={"sigma_max": 0.4})
+    with caplog.at_level("WARNING"):
+        upscale(pipe, start_sigma=0.4)
+        assert not caplog.records
+        upscale(pipe, start_sigma=0.7)
+    assert "sigma 0.700" in caplog.text and "up to 0.4" in caplog.text
+    caplog.clear()
+    with caplog.at_level("WARNING"):
+        upscale(pipe, start_sigma=0.7, dino_guidance_start=0.5)
+    assert not caplog.records
+
+
+def test_tiles_in_which_flux_draws_grids_are_named(caplog):
+    pipe = tiny_pipeline()
+    with caplog.at_level("WARNING"):
+        pipe.plan_tiles(4096, 4096, tile_size=1024)
+        assert not caplog.records
+        pipe.plan_tiles(4096, 4096, tile_size=1280)
+    assert "1280x1280 px are 6400 tokens" in caplog.text
