@@ -84,7 +84,7 @@ class Picture:
 def first_line(error: BaseException) -> str:
     """The error in one line, without the number and path that an `OSError` adds."""
     lines = str(getattr(error, "strerror", None) or error).strip().splitlines()
-    if isinstance(error, (OSError, ValueError, RuntimeError)) and lines:
+    if isinstance(error, (OSError, ValueError, RuntimeError, AssertionError)) and lines:
         return lines[0].strip()
     return ": ".join([type(error).__name__, *lines[:1]])
 
@@ -227,6 +227,15 @@ def grey_integers(image: Image.Image, maximum: int) -> Image.Image:
     return Image.fromarray(values.astype(np.uint8 if maximum == 255 else np.uint16))
 
 
+@contextmanager
+def naming_output(path: Path) -> Iterator[None]:
+    """Puts the output's name into errors, which would otherwise read as if they were about the input."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {first_line(error)}") from error
+
+
 def check_writable(path: Path, size: tuple[int, int]) -> None:
     """Raises before the work what would make `write_picture` fail after it; creates the folder."""
     image_format = WRITE_FORMATS[path.suffix.lower()]
@@ -235,10 +244,14 @@ def check_writable(path: Path, size: tuple[int, int]) -> None:
             f"{size[0]}x{size[1]} px is more than the {MAX_SIDE[image_format]} px that {image_format} can hold: "
             "give an output that ends in .png or .tif"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(temporary_path(path), "wb"):
-        pass
-    temporary_path(path).unlink()
+    with naming_output(path):
+        for parent in path.parents:
+            if os.path.exists(parent) and not os.path.isdir(parent):
+                raise NotADirectoryError(f"{parent} is not a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary_path(path), "wb"):
+            pass
+        temporary_path(path).unlink()
 
 
 def temporary_path(path: Path) -> Path:
@@ -269,19 +282,22 @@ def write_picture(picture: Picture, path: Path, software: str) -> list[str]:
         exif_bytes = exif.tobytes()
         notes.append("the EXIF is too long for JPEG and is not kept")
 
-    temporary = temporary_path(path)
-    try:
-        with open(temporary, "w+b") as file:
-            image.save(
-                file,
-                format=image_format,
-                exif=exif_bytes,
-                icc_profile=picture.icc_profile,
-                **SAVE_OPTIONS[image_format],
-            )
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with naming_output(path):
+        # Not straight to the file: where the disk gets full, Pillow may drop the end of the image without an error.
+        encoded = BytesIO()
+        image.save(
+            encoded,
+            format=image_format,
+            exif=exif_bytes,
+            icc_profile=picture.icc_profile,
+            **SAVE_OPTIONS[image_format],
+        )
+        temporary = temporary_path(path)
+        try:
+            temporary.write_bytes(encoded.getbuffer())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
     return notes
 
 

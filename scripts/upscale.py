@@ -71,6 +71,10 @@ FLUX_DEFAULTS = {
 PICTURE_OPTIONS = [name for name in FLUX_DEFAULTS if name not in ("tile_batch_size", "device", "offload", "compile")]
 PLAN_OPTIONS = ("model", "tile_size", "tile_overlap")
 
+# The files that the folder of a FLUX.1 pipeline must have: what `--plan` reads, and what every such pipeline has.
+PLAN_FILES = ("model_index.json", "transformer/config.json", "vae/config.json")
+MODEL_FILES = (*PLAN_FILES, "scheduler/scheduler_config.json")
+
 EXPECTED_ERRORS = (OSError, ValueError, RuntimeError, MemoryError)
 
 
@@ -90,8 +94,8 @@ class Job(NamedTuple):
 
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
     """An argparse type: an int or float from `low` to `high`."""
-    noun = "a whole number" if kind is int else "a number"
-    limits = f"of at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+    noun, form = ("a whole number", "d") if kind is int else ("a number", "g")
+    limits = f"of at least {low:{form}}" if high == math.inf else f"from {low:{form}} to {high:{form}}"
 
     def parse(text: str) -> float:
         try:
@@ -103,6 +107,13 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], fl
         return value
 
     return parse
+
+
+def nonempty(text: str) -> str:
+    """An argparse type: `Path("")` would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty")
+    return text
 
 
 def build_parser() -> Parser:
@@ -120,25 +131,31 @@ def build_parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("input", type=Path, help="image file, or folder that is searched with its subfolders")
+    parser.add_argument("input", type=nonempty, help="image file, or folder that is searched with its subfolders")
     parser.add_argument(
         "output_argument",
         metavar="output",
         nargs="?",
-        type=Path,
-        help="output file (.png, .jpg, .webp or .tif) or folder (default: photo_x4.jpg beside photo.jpg, and "
-        "photos_x4/ beside photos/; formats that cannot be written become .png)",
+        type=nonempty,
+        help="output file (.png, .jpg, .webp or .tif) or folder; what ends in / is a folder, made where it is missing "
+        "(default: photo_x4.jpg beside photo.jpg, and photos_x4/ beside photos/, with FLUX photo_x4_flux.jpg and "
+        "photos_x4_flux/; formats that cannot be written become .png)",
     )
-    parser.add_argument("-o", "--output", type=Path, help="the same as the second argument")
+    parser.add_argument("-o", "--output", type=nonempty, help="the same as the second argument")
     parser.add_argument(
         "--scale", type=number(float, 1, 8), default=4.0, help="enlargement of both sides, 1 to 8 (default: 4)"
     )
-    parser.add_argument("--overwrite", action="store_true", help="make outputs that are already there anew")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="make outputs that are already there anew; without it they are skipped, whatever settings made them",
+    )
     parser.add_argument(
         "--plan",
         action="store_true",
-        help="print each image's FLUX tiles and their cost and stop; needs no model, but reads the architecture from "
-        "--model if that is a folder (default: that of FLUX.1)",
+        help="print each image's FLUX tiles and their cost and stop; reads only the headers of the images, so that a "
+        "damaged one may pass; needs no model, but reads the architecture from --model if that is a folder (default: "
+        "that of FLUX.1)",
     )
     parser.add_argument("--use-flux", action="store_true", help="enlarge with FLUX.1 instead of bicubic")
 
@@ -147,9 +164,10 @@ def build_parser() -> Parser:
         return partial(add, default=argparse.SUPPRESS)
 
     add = group("model (with --use-flux)")
-    add("--model", help="folder or Hub repository of a FLUX.1 pipeline (required for now)")
+    add("--model", type=nonempty, help="folder or Hub repository of a FLUX.1 pipeline (required for now)")
     add(
         "--projector",
+        type=nonempty,
         help="folder or Hub repository with a dino_projector/ (default: the model's own, if it has one)",
     )
 
@@ -214,11 +232,18 @@ def build_parser() -> Parser:
         help="keep the models in main memory and move to the device, when they are needed, whole models, blocks "
         "ahead of time, or layers one by one: from fast to small (default: none)",
     )
-    add("--compile", action="store_true", help="compile the transformer: minutes at first, faster steps after")
+    add(
+        "--compile",
+        action="store_true",
+        help="compile the transformer and the VAE: minutes at first, faster after; all images get the tile size that "
+        "is planned for the first",
+    )
     return parser
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    if not argv:
+        raise UsageError("no input is given (--help lists the arguments)")
     args = build_parser().parse_args(argv)
     given = [name for name in FLUX_DEFAULTS if name in args]
     for name in given:
@@ -235,10 +260,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     args.output = args.output or args.output_argument
     if args.tile_size and args.tile_size % 16:
         raise UsageError(f"argument --tile-size: must be a multiple of 16 px, not {args.tile_size}")
-    if args.tile_size and args.tile_overlap >= args.tile_size:
-        raise UsageError(f"argument --tile-overlap: must be below the {args.tile_size} px of --tile-size")
+    overlap = math.ceil(args.tile_overlap / 16) * 16
+    if args.tile_size and overlap >= args.tile_size:
+        raise UsageError(
+            f"argument --tile-overlap: must be below the {args.tile_size} px of --tile-size,"
+            f" but {args.tile_overlap} is {overlap} px in whole tokens of 16 px"
+        )
     if args.model is not None:
-        check_repository("--model", args.model, "model_index.json")
+        for file in PLAN_FILES if args.plan else MODEL_FILES:
+            check_repository("--model", args.model, file)
     if args.use_flux and not args.plan:
         check_flux_arguments(args)
     return args
@@ -263,27 +293,32 @@ def check_repository(option: str, name: str, *files: str) -> None:
         raise UsageError(f"{option} {name}: no such folder, and no name of a Hub repository (owner/name)")
 
 
-def find_jobs(source: Path, output: Path | None, scale: float) -> list[Job]:
-    if source.is_dir():
+def find_jobs(args: argparse.Namespace) -> list[Job]:
+    source = Path(args.input)
+    ending = f"_x{args.scale:g}_flux" if args.use_flux else f"_x{args.scale:g}"
+    # Not `Path.is_dir` and `Path.exists`, which raise on names that are too long.
+    if os.path.isdir(source):
         # "." and ".." have no name of their own.
         named = source if source.name.strip(".") else source.resolve()
-        return folder_jobs(source, output or named.with_name(f"{named.name}_x{scale:g}"))
-    if not source.exists():
+        return folder_jobs(source, Path(args.output or named.with_name(f"{named.name}{ending}")))
+    if not os.path.exists(source):
         raise UsageError(f"{source}: no such file or folder")
     suffix = source.suffix if source.suffix.lower() in WRITE_FORMATS else ".png"
-    default = source.with_name(f"{source.stem}_x{scale:g}{suffix}")
-    target = output or default
-    if target.is_dir():
+    default = source.with_name(f"{source.stem}{ending}{suffix}")
+    target = Path(args.output or default)
+    if os.path.isdir(target) or (args.output or "").endswith(("/", os.sep)):
         target = target / default.name
     if target.suffix.lower() not in WRITE_FORMATS:
-        raise UsageError(f"{target}: the output must be a folder or end in {', '.join(WRITE_FORMATS)}")
-    if target.exists() and target.samefile(source):
+        raise UsageError(
+            f"{target}: the output must be a folder or end in {', '.join(WRITE_FORMATS)}; a new folder ends in /"
+        )
+    if os.path.exists(target) and target.samefile(source):
         raise UsageError(f"{target}: the output would overwrite the input")
     return [Job(source, target)]
 
 
 def folder_jobs(source: Path, output: Path) -> list[Job]:
-    if output.exists() and not output.is_dir():
+    if os.path.exists(output) and not os.path.isdir(output):
         raise UsageError(f"{output}: the input is a folder, so the output must be one too")
     if output.resolve() == source.resolve():
         raise UsageError(f"{output}: the output would overwrite the input")
@@ -333,8 +368,11 @@ def attempt(step: Callable[..., str], job: Job, *args) -> str:
 
 
 def check_job(job: Job, args: argparse.Namespace) -> str:
-    if job.target.exists() and not args.overwrite:
-        say(f"{job.source}: skipped, {job.target} is already there (--overwrite makes it anew)")
+    if os.path.exists(job.target) and not args.overwrite:
+        say(
+            f"{job.source}: skipped, {job.target} is already there, whatever settings made it"
+            " (--overwrite makes it anew)"
+        )
         return "skipped"
     size = target_size(upright_size(job.source), args.scale)
     check_writable(job.target, size)
@@ -342,6 +380,8 @@ def check_job(job: Job, args: argparse.Namespace) -> str:
         from pipeline_flux_dino_tile import plan_tiles
 
         plan_tiles(size[1], size[0], args.tile_size, args.tile_overlap)
+        # Before minutes are spent on loading the model for a picture that is damaged.
+        read_picture(job.source)
     return "ready"
 
 
@@ -386,7 +426,7 @@ def enlarge_flux(pipe, args: argparse.Namespace, image: Image.Image, size: tuple
         tile_size=args.tile_size,
         tile_overlap=args.tile_overlap,
         tile_batch_size=args.tile_batch_size,
-        dino_conditioning_scale=1.0 if args.dino_strength is None else args.dino_strength,
+        dino_conditioning_scale=args.dino_strength or 0.0,
         color_fix=args.color_fix,
         # On the CPU, so that a seed means the same noise on every machine.
         generator=torch.Generator("cpu").manual_seed(args.seed),
@@ -400,21 +440,19 @@ def enlarge_flux(pipe, args: argparse.Namespace, image: Image.Image, size: tuple
 
 
 def load_flux(args: argparse.Namespace):
-    """The pipeline on its device. Fills in `args.device` and `args.dtype`."""
+    """The pipeline on its device. Fills in the options in `args` whose defaults depend on machine and model."""
     import torch
 
     from pipeline_flux_dino_tile import FluxDinoTilePipeline
 
     args.device = args.device or default_device(torch)
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {args.device}: {first_line(error)}") from None
+    check_device(torch, args.device)
     on_cpu = torch.device(args.device).type == "cpu"
     if on_cpu and args.offload != "none":
         raise UsageError(f"--offload {args.offload} needs an accelerator, and the device is the CPU")
     args.dtype = args.dtype or ("float32" if on_cpu else "bfloat16")
 
+    hide_loading_bars()
     options = {"dtype": getattr(torch, args.dtype), "use_safetensors": True}
     pipe = load("--model", args.model, partial(FluxDinoTilePipeline.from_pretrained, **options))
     if args.projector is not None:
@@ -423,18 +461,64 @@ def load_flux(args: argparse.Namespace):
         if args.dino_strength is not None:
             raise UsageError("--dino-strength needs --projector: the model has no DINO projector")
         say("no DINO projector: the tiles are not told what they show (--projector gives one)")
+    elif args.dino_strength is None:
+        args.dino_strength = 1.0
+    args.steps, args.guidance, args.start_sigma = pipe.get_default_settings(
+        None, None, args.start_sigma, args.steps, args.guidance
+    )
 
     place(pipe, torch.device(args.device), args.offload)
     if args.compile:
-        pipe.transformer.compile_repeated_blocks(fullgraph=True)
+        pipe.compile_for_upscaling()
     return pipe
+
+
+def hide_loading_bars() -> None:
+    """Leaves the bars of tiles, and of downloads from the Hub."""
+    from diffusers.utils import logging as diffusers_logging
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    hides_downloads = are_progress_bars_disabled()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # the Hub's too
+    if not hides_downloads:
+        enable_progress_bars()
 
 
 def load(option: str, name: str, loader: Callable):
     try:
         return loader(name)
     except Exception as error:  # on a broken folder the loaders raise anything
-        raise UsageError(f"{option} {name}: {first_line(error)}") from error
+        reason = first_line(error)
+        if not Path(name).is_dir() and is_unreachable(error):
+            reason = "not in the local cache, and the Hub cannot be reached"
+        raise UsageError(f"{option} {name}: {reason}") from error
+
+
+def is_unreachable(error: BaseException | None) -> bool:
+    """Whether the error comes from a Hub that does not answer, or may not be asked."""
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    if error is None:
+        return False
+    if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError)):
+        return True
+    return is_unreachable(error.__cause__) or is_unreachable(error.__context__)
+
+
+def check_device(torch, name: str) -> None:
+    unknown = UsageError(f"--device {name}: not a device of this PyTorch: use cuda, mps or cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise unknown from None
+    try:
+        torch.empty(0, device=device)
+    except (NotImplementedError, ImportError):
+        raise unknown from None
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {name}: {first_line(error)}") from None
 
 
 def default_device(torch) -> str:
@@ -481,15 +565,18 @@ def plan_file(job: Job, args: argparse.Namespace, architecture: dict, totals: di
     plan = plan_tiles(height, width, args.tile_size, args.tile_overlap, **architecture)
     num_tokens = plan.tokens_per_tile + TEXT_TOKENS + DINO_TOKENS
     tflop = transformer_flops(num_tokens, architecture.get("inner_dim", 3072), num_layers) / 1e12
-    overlaps = [
-        start + length - following
-        for starts, length in ((plan.tops, plan.tile_height), (plan.lefts, plan.tile_width))
-        for start, following in pairwise(starts)
-    ]
-    overlap = f", overlapping {min(overlaps)} to {max(overlaps)} px" if overlaps else ""
+    overlaps = sorted(
+        {
+            start + length - following
+            for starts, length in ((plan.tops, plan.tile_height), (plan.lefts, plan.tile_width))
+            for start, following in pairwise(starts)
+        }
+    )
+    widths = " to ".join(map(str, overlaps[:1] + overlaps[1:][-1:]))
+    overlap = f", overlapping {widths} px" if overlaps else ""
     say(
         f"{job.source}: {size[0]}x{size[1]} -> {width}x{height} px\n"
-        f"  tiles: {len(plan)} (rows x columns: {len(plan.tops)} x {len(plan.lefts)}) of"
+        f"  tiles: {len(plan)} ({len(plan.lefts)} across, {len(plan.tops)} down) of"
         f" {plan.tile_width}x{plan.tile_height} px{overlap}\n"
         f"  tokens per tile: {plan.tokens_per_tile} image + {TEXT_TOKENS} text + {DINO_TOKENS} DINO\n"
         f"  TFLOP per step: {len(plan) * tflop:.4g} ({tflop:.4g} per tile)"
@@ -530,9 +617,11 @@ def upscale(jobs: list[Job], args: argparse.Namespace) -> Counter:
 
 
 def main(argv: list[str] | None = None) -> int:
+    # transformers reads it when it is imported, and says then that torchvision, which nothing here needs, is missing.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        args = parse_arguments(argv)
-        jobs = find_jobs(args.input, args.output, args.scale)
+        args = parse_arguments(sys.argv[1:] if argv is None else argv)
+        jobs = find_jobs(args)
         outcomes = print_plans(jobs, args) if args.plan else upscale(jobs, args)
     except UsageError as error:
         say_error(str(error))

@@ -390,10 +390,27 @@ def test_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", fail)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"^cannot write .*/out\.png: No space left"):
         write_picture(picture, tmp_path / "out.png", "test")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.png", "out.png"]
     assert (tmp_path / "out.png").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_disk_that_gets_full_at_the_end_is_an_error(tmp_path, suffix):
+    resource = pytest.importorskip("resource")
+    picture = read_picture(save(pixels(size=(120, 80)), tmp_path / "in.png"))
+    write_picture(picture, tmp_path / f"out{suffix}", "test")
+    before = (tmp_path / f"out{suffix}").read_bytes()
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) - 1, limits[1]))
+    try:
+        with pytest.raises(OSError, match=rf"^cannot write .*/out\{suffix}: File too large"):
+            write_picture(picture, tmp_path / f"out{suffix}", "test")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / f"out{suffix}").read_bytes() == before
 
 
 def test_the_file_appears_only_when_it_is_whole(tmp_path, monkeypatch):
@@ -437,5 +454,5 @@ def test_size_limits_of_formats(tmp_path, name, size, fits):
 
 
 def test_a_folder_that_cannot_be_written_to_is_known_before_the_work():
-    with pytest.raises(OSError, match="proc"):
+    with pytest.raises(OSError, match=r"^cannot write /proc/upscale-test/out\.png: No such file"):
         image_files.check_writable(image_files.Path("/proc/upscale-test/out.png"), (10, 10))

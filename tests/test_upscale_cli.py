@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -137,6 +138,13 @@ def test_output_may_be_an_option_or_a_folder_or_in_a_new_folder(folder):
     assert sorted(path.name for path in (folder / "new").iterdir()) == ["b.webp", "photo_x4.png"]
 
 
+def test_output_that_ends_in_a_slash_is_made_as_a_folder(folder):
+    assert run(folder / "photo.png", f"{folder}/new/") == 0
+    assert run(folder / "photo.png", "-o", f"{folder}/new.png/") == 0
+    assert [path.name for path in (folder / "new").iterdir()] == ["photo_x4.png"]
+    assert [path.name for path in (folder / "new.png").iterdir()] == ["photo_x4.png"]
+
+
 def test_folder_keeps_its_structure(tmp_path, capsys, monkeypatch):
     source = tmp_path / "photos"
     (source / "deep" / "er").mkdir(parents=True)
@@ -167,8 +175,10 @@ def test_second_run_skips_and_overwrite_does_not(folder, capsys):
 
     assert run(*arguments, "--scale", "2") == 0
     output, errors = capsys.readouterr()
-    assert "skipped" in output
-    assert "--overwrite" in output
+    assert output == (
+        f"{folder / 'photo.png'}: skipped, {folder / 'out.png'} is already there, whatever settings made it"
+        " (--overwrite makes it anew)\n"
+    )
     assert errors == ""
     assert (folder / "out.png").read_bytes() == before
 
@@ -209,6 +219,21 @@ def test_a_file_that_fails_gives_exit_code_1(tmp_path, capsys):
     )
 
 
+def test_errors_about_the_output_name_it(folder, capsys):
+    (folder / "file").touch()
+    long_name = f"{'a' * 300}.png"
+    for output, reason in (
+        ("/proc/foo.png", "No such file or directory"),
+        (folder / "file" / "x.png", f"{folder / 'file'} is not a folder"),
+        (folder / "file" / "deep" / "x.png", f"{folder / 'file'} is not a folder"),
+        (folder / long_name, "File name too long"),
+    ):
+        assert run(folder / "photo.png", output) == 1
+        message = f"upscale.py: error: {folder / 'photo.png'}: cannot write {output}: {reason}\n"
+        assert capsys.readouterr().err == message
+    assert sorted(path.name for path in folder.iterdir()) == ["file", "photo.png"]
+
+
 def test_size_limits_are_known_before_the_work(tmp_path, capsys, monkeypatch):
     Image.new("L", (5000, 2)).save(tmp_path / "in.png")
     monkeypatch.setattr(upscale, "read_picture", None)
@@ -244,7 +269,13 @@ def test_interrupt_is_one_line(folder, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "input"),
+        ([], "no input is given (--help"),
+        ([""], "argument input: the name is empty"),
+        (["photo.png", ""], "argument output: the name is empty"),
+        (["photo.png", "-o", ""], "argument -o/--output: the name is empty"),
+        (["photo.png", "--use-flux", "--model", ""], "argument --model: the name is empty"),
+        (["photo.png", "--use-flux", "--model", "a/b", "--projector", ""], "--projector: the name is empty"),
+        (["a" * 300], "no such file or folder"),
         (["photo.png", "--scale", "0.5"], "--scale: must be a number from 1 to 8, not '0.5'"),
         (["photo.png", "--scale", "9"], "--scale: must be"),
         (["photo.png", "--scale", "nan"], "--scale: must be"),
@@ -278,9 +309,13 @@ def test_interrupt_is_one_line(folder, capsys, monkeypatch):
         ),
         (["photo.png", "--plan", "--tile-size", "1000"], "--tile-size: must be a multiple of 16"),
         (["photo.png", "--plan", "--tile-size", "64", "--tile-overlap", "64"], "--tile-overlap: must be below the 64"),
+        (
+            ["photo.png", "--plan", "--tile-size", "64", "--tile-overlap", "60"],
+            "--tile-overlap: must be below the 64 px of --tile-size, but 60 is 64 px in whole tokens of 16 px",
+        ),
         (["photo.png", "--use-flux", "--model", "a/b", "--tile-overlap", "-1"], "--tile-overlap: must be"),
         (["photo.png", "--use-flux", "--model", "a/b", "--tile-batch-size", "0"], "--tile-batch-size: must be"),
-        (["photo.png", "--use-flux", "--model", "a/b", "--seed", "-1"], "--seed: must be"),
+        (["photo.png", "--use-flux", "--model", "a/b", "--seed", "-1"], "from 0 to 18446744073709551615, not"),
         (["photo.png", "--use-flux", "--model", "a/b", "--offload", "disk"], "--offload: invalid choice"),
         (["photo.png", "--use-flux", "--model", "a/b", "--dtype", "int8"], "--dtype: invalid choice"),
         (["photo.png", "--use-flux", "--model", "a/b", "--color-fix", "auto"], "--color-fix: invalid choice"),
@@ -363,7 +398,7 @@ def test_plan_prints_what_the_planner_says_and_writes_nothing(tmp_path, capsys):
     plan = plan_tiles(1200, 2000)
     tflop = transformer_flops(plan.tokens_per_tile + 768) / 1e12
     assert "500x300 -> 2000x1200 px" in output
-    assert f"tiles: {len(plan)} (rows x columns: {len(plan.tops)} x {len(plan.lefts)}) of" in output
+    assert f"tiles: {len(plan)} ({len(plan.lefts)} across, {len(plan.tops)} down) of" in output
     assert f"{plan.tile_width}x{plan.tile_height} px, overlapping " in output
     assert f"{plan.tokens_per_tile} image + 512 text + 256 DINO" in output
     assert f"TFLOP per step: {len(plan) * tflop:.4g} ({tflop:.4g} per tile)" in output
@@ -377,14 +412,22 @@ def test_plan_takes_tile_options_and_the_models_architecture(folder, tiny_model,
     assert run(folder / "photo.png", "--plan", *options) == 0
     output = capsys.readouterr().out
     # 80x48 px in tiles of 32 px.
-    assert "tiles: 8 (rows x columns: 2 x 4) of 32x32 px, overlapping 16 to 16 px" in output
+    assert "tiles: 8 (4 across, 2 down) of 32x32 px, overlapping 16 px\n" in output
     assert "tokens per tile: 4 image" in output
     tflop = transformer_flops(4 + 768, inner_dim=32, num_layers=4) / 1e12
     assert f"({tflop:.4g} per tile)" in output
 
 
+def test_plan_gives_the_least_and_the_greatest_overlap(tmp_path, capsys):
+    Image.new("RGB", (100, 64)).save(tmp_path / "a.png")
+    assert run(tmp_path / "a.png", "--plan", "--scale", "1", "--tile-size", "48", "--tile-overlap", "16") == 0
+    assert "tiles: 6 (3 across, 2 down) of 48x48 px, overlapping 16 to 32 px\n" in capsys.readouterr().out
+
+
 def test_plan_names_a_model_folder_of_another_kind(folder, capsys):
-    (folder / "model_index.json").write_text("{}")
+    for file in ("model_index.json", "transformer/config.json", "vae/config.json"):
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).write_text("{}")
     error = usage_error(capsys, folder / "photo.png", "--plan", "--model", folder)
     assert f"--model {folder}: not the folder of a FLUX.1 pipeline" in error
 
@@ -445,12 +488,61 @@ def test_flux_gives_what_the_pipeline_gives(folder, tiny_model):
         "dino_strength": 0.5,
         "start_sigma": 0.5,
         "steps": 1,
+        "guidance": 3.5,
         "tile_size": 32,
         "tile_overlap": 16,
         "seed": 3,
         "dtype": "float32",
         "color_fix": "wavelet",
     }
+
+
+def test_flux_writes_the_values_of_options_that_are_not_given(folder, tiny_model):
+    assert run(folder / "photo.png", "--use-flux", "--model", tiny_model, "--device", "cpu", "--scale", "1") == 0
+    assert settings_of(folder / "photo_x1_flux.png") == {
+        "method": "flux",
+        "scale": 1.0,
+        "model": str(tiny_model),
+        "dino_strength": 1.0,
+        "start_sigma": 0.35,
+        "steps": 4,
+        "guidance": 3.5,
+        "tile_overlap": 64,
+        "seed": 0,
+        "dtype": "float32",
+    }
+
+
+def test_flux_has_default_names_of_its_own(folder, tiny_model, capsys):
+    for path in (folder / "photo.png", folder):
+        assert run(path, "--scale", "1") == 0
+        assert flux(tiny_model, path, "--scale", "1") == 0
+    assert "is already there" not in capsys.readouterr().out
+    assert sorted(path.name for path in folder.iterdir()) == ["photo.png", "photo_x1.png", "photo_x1_flux.png"]
+    assert folder.with_name(f"{folder.name}_x1").is_dir()
+    assert folder.with_name(f"{folder.name}_x1_flux").is_dir()
+
+
+def test_flux_shows_the_bar_of_the_tiles_and_nothing_else(folder, tiny_model):
+    command = [sys.executable, SCRIPT, "photo.png", "--use-flux", "--model", tiny_model, "--device", "cpu"]
+    command += ["--scale", "1", "--steps", "2"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    assert (result.returncode, result.stdout) == (0, "photo.png -> photo_x1_flux.png (20x12 px)\n")
+    shown = [text.strip() for text in re.split(r"[\r\n]", result.stderr) if text.strip()]
+    assert shown[-1].startswith("100%|")
+    assert all(re.fullmatch(r"\d+%\|.*\| \d/2 \[.*\]", text) for text in shown), shown
+
+    plan = subprocess.run([sys.executable, SCRIPT, "photo.png", "--plan"], capture_output=True, text=True, cwd=folder)
+    assert (plan.returncode, plan.stderr) == (0, "")
+
+
+def test_compile_leaves_the_choice_of_parts_to_the_pipeline(folder, tiny_model, monkeypatch):
+    from pipeline_flux_dino_tile import FluxDinoTilePipeline
+
+    calls = []
+    monkeypatch.setattr(FluxDinoTilePipeline, "compile_for_upscaling", lambda pipe: calls.append(pipe))
+    assert flux(tiny_model, folder / "photo.png", "--scale", "1", "--compile") == 0
+    assert len(calls) == 1
 
 
 def test_flux_keeps_grey_alpha_and_orientation_and_says_that_16_bits_are_lost(tmp_path, tiny_model, capsys):
@@ -518,6 +610,7 @@ def test_flux_without_a_projector(folder, tmp_path_factory, capsys):
     save_tiny_pipeline(model, with_dino=False)
     assert flux(model, folder / "photo.png", "--scale", "2") == 0
     assert "no DINO projector" in capsys.readouterr().out
+    assert "dino_strength" not in settings_of(folder / "photo_x2_flux.png")
     assert flux(model, folder / "photo.png", "--scale", "2", "--overwrite", "--dino-strength", "1") == 2
     assert "--dino-strength needs --projector" in last_error(capsys)
 
@@ -543,12 +636,52 @@ def test_broken_model_folders_are_one_line(folder, tiny_model, tmp_path, capsys)
         assert last_error(capsys).startswith(f"upscale.py: error: --model {model}: "), name
 
 
+@pytest.mark.parametrize("option", ["--use-flux", "--plan"])
+@pytest.mark.parametrize("part", ["transformer", "vae", "scheduler"])
+def test_a_model_folder_without_a_part_is_named_before_loading(folder, tiny_model, capsys, monkeypatch, part, option):
+    import shutil
+
+    monkeypatch.setattr(upscale, "load_flux", None)
+    model = folder / "model"
+    shutil.copytree(tiny_model, model)
+    shutil.rmtree(model / part)
+    if (part, option) == ("scheduler", "--plan"):
+        assert run(folder / "photo.png", option, "--model", model) == 0
+    else:
+        error = usage_error(capsys, folder / "photo.png", option, "--model", model)
+        assert f"--model {model}: the folder has no {part}/" in error
+
+
+@pytest.mark.parametrize("variables", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}])
+def test_a_hub_that_cannot_be_reached(folder, variables):
+    command = [sys.executable, SCRIPT, "photo.png", "--use-flux", "--model", "owner/name", "--device", "cpu"]
+    environment = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "HF_ENDPOINT")}
+    environment |= {"HF_HOME": str(folder / "cache"), **variables}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1] == (
+        "upscale.py: error: --model owner/name: not in the local cache, and the Hub cannot be reached"
+    )
+
+
+def test_a_projector_on_a_hub_that_cannot_be_reached(folder, tiny_model, tmp_path, capsys, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert flux(tiny_model, folder / "photo.png", "--projector", "owner/name") == 2
+    assert "--projector owner/name: not in the local cache, and the Hub cannot be reached" in last_error(capsys)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--device", "cpu", "--offload", "model"], "--offload model needs an accelerator"),
         (["--device", "cpu", "--offload", "group"], "--offload group needs an accelerator"),
-        (["--device", "toaster"], "--device toaster: "),
+        (["--device", "banana"], "--device banana: not a device of this PyTorch: use cuda, mps or cpu"),
+        (["--device", "cuda:x"], "--device cuda:x: not a device of this PyTorch: use cuda, mps or cpu"),
+        (["--device", "vulkan"], "--device vulkan: not a device of this PyTorch: use cuda, mps or cpu"),
+        (["--device", "hpu"], "--device hpu: not a device of this PyTorch: use cuda, mps or cpu"),
         (["--device", "cuda:99"], "--device cuda:99: "),
     ],
 )
@@ -557,11 +690,26 @@ def test_devices_that_are_not_there(folder, tiny_model, capsys, options, message
     assert message in last_error(capsys)
 
 
+def test_a_device_that_pytorch_is_not_built_for(folder, tiny_model, capsys, monkeypatch):
+    import torch
+
+    def fail(*args, **options):
+        raise AssertionError("Torch not compiled with CUDA enabled")
+
+    monkeypatch.setattr(torch, "empty", fail)
+    assert run(folder / "photo.png", "--use-flux", "--model", tiny_model, "--device", "cuda") == 2
+    assert last_error(capsys) == "upscale.py: error: --device cuda: Torch not compiled with CUDA enabled"
+
+
 def test_nothing_is_loaded_when_nothing_is_left_to_do(folder, tiny_model, capsys, monkeypatch):
     monkeypatch.setattr(upscale, "load_flux", None)
     photo().save(folder / "out.png")
     assert flux(tiny_model, folder / "photo.png", folder / "out.png") == 0
     (folder / "text.png").write_text("no image")
     assert flux(tiny_model, folder / "text.png") == 1
-    assert flux(tiny_model, folder / "photo.png", "--tile-overlap", "100", "--tile-size", "112", "--scale", "8") == 1
-    assert "`tile_overlap` must be smaller" in last_error(capsys)
+    photo(size=(250, 250)).save(folder / "large.png")
+    assert flux(tiny_model, folder / "large.png", "--tile-overlap", "1600", "--scale", "8") == 1
+    assert "`tile_overlap` 1600 leaves no tile size" in last_error(capsys)
+    (folder / "half.png").write_bytes((folder / "photo.png").read_bytes()[:300])
+    assert flux(tiny_model, folder / "half.png") == 1
+    assert f"{folder / 'half.png'}: cannot be read" in last_error(capsys)
