@@ -791,7 +791,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
                 file = hf_hub_download(source, name, subfolder=subfolder, revision=revision, token=token)
             folder = Path(file).parent
-        class_name = DinoProjector.load_config(folder)["_class_name"]
+        class_name = DinoProjector.load_config(folder).get("_class_name", "model of another library")
         if class_name != DinoProjector.__name__:
             raise ValueError(
                 f"`pretrained_model_name_or_path` {source} holds a {class_name}, not a DinoProjector. Pass the repo or"

@@ -964,9 +964,10 @@ def test_a_projector_folder_belongs_to_its_repo(tmp_path, own_pipe):
     assert pipe.dino_projector is None and pipe.dino_encoder is None
 
 
-def test_another_model_is_no_projector(tmp_path, own_pipe):
-    own_pipe.transformer.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="holds a FluxTransformer2DModel, not a DinoProjector"):
+@pytest.mark.parametrize(("part", "name"), [("transformer", "FluxTransformer2DModel"), ("dino_encoder", "model")])
+def test_another_model_is_no_projector(tmp_path, own_pipe, part, name):
+    getattr(own_pipe, part).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"holds a {name}.*, not a DinoProjector"):
         own_pipe.load_dino_projector(tmp_path)
 
 
