@@ -260,7 +260,8 @@ def choose_tile_size(
     height: int, width: int, overlap: int, extra_tokens: int, inner_dim: int
 ) -> tuple[int, int] | None:
     """
-    The tile size that covers the canvas with the least transformer work, all lengths in tokens.
+    The tile size that covers the canvas with the least transformer work, all lengths in tokens; `None` if the overlap
+    fills every one.
 
     Tiles of `MIN_TILE_TOKENS` to `MAX_TILE_TOKENS` and the fixed size of 64 x 64 compete. A canvas too narrow for
     them gets the largest tiles that it can hold.

@@ -37,9 +37,8 @@ from diffusers.models.attention import AttentionModuleMixin
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
-from upscale import Parser, UsageError, default_device, number  # puts the root folder on the path
+from upscale import Parser, UsageError, check_device, default_device, number  # puts the root folder on the path
 
-from image_files import first_line
 from pipeline_flux_dino_tile import DinoProjector, FluxDinoTilePipeline, PromptBranch, tile_starts, transformer_flops
 
 
@@ -142,10 +141,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if args.size % 16:
         raise UsageError(f"argument --size: must be a multiple of 16 px, not {args.size}")
     args.input_size = args.input_size or args.size // 4
-    try:
-        args.device = torch.empty(0, device=args.device or default_device(torch)).device
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {args.device}: {first_line(error)}") from None
+    args.device = args.device or default_device(torch)
+    check_device(torch, args.device)
+    args.device = torch.empty(0, device=args.device).device  # with its index
     args.dtype = getattr(torch, args.dtype or ("float32" if args.device.type == "cpu" else "bfloat16"))
     args.variants = parse_variants(args.variants, args.device)
     args.image_repeats = args.repeats or 1
