@@ -518,7 +518,7 @@ class DinoTokens(NamedTuple):
 
     tokens: torch.Tensor  # (num_tiles, batch, num_tokens, joint_attention_dim)
     ids: torch.Tensor  # (num_tokens, 3)
-    scale: float
+    log_scale: torch.Tensor | None  # (1 or num_tiles * batch, 1 or num_tokens); None is plain attention
 
 
 class PromptBranch(NamedTuple):
@@ -1390,7 +1390,8 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         tile_tokens = (plan.tile_height // self.pixels_per_token, plan.tile_width // self.pixels_per_token)
         tokens = self.dino_projector(features.flatten(2, 3).to(device=device, dtype=dtype))
         ids = self.dino_projector.position_ids(tuple(features.shape[2:4]), tile_tokens)
-        return DinoTokens(tokens, ids.to(device), scale)
+        log_scale = None if scale == 1 else torch.full((1, 1), math.log(scale), device=device)
+        return DinoTokens(tokens, ids.to(device), log_scale)
 
     def warn_outside_training(self, sigma: float) -> None:
         r"""Warns if the projector was not trained for the noise level of the first step that it takes part in."""
@@ -1412,7 +1413,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
     @contextmanager
     def dino_attention(self, dino: DinoTokens | None, num_text_tokens: int) -> Iterator[None]:
         r"""Lets stock attention processors weigh the DINO keys while the context lasts, then puts them back."""
-        if dino is None or dino.scale == 1:
+        if dino is None or dino.log_scale is None:
             yield
             return
         stock = self.transformer.attn_processors
@@ -1507,10 +1508,10 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             num_text_tokens = encoder_hidden_states.shape[1]
             encoder_hidden_states = torch.cat([encoder_hidden_states, dino.tokens.flatten(0, 1).to(dtype)], dim=1)
             text_ids = torch.cat([text_ids, dino.ids])
-            if dino.scale != 1:
+            if dino.log_scale is not None:
                 num_tokens = encoder_hidden_states.shape[1] + rows * columns // 4
-                bias = torch.zeros(1, 1, 1, num_tokens, device=latents.device, dtype=dtype)
-                bias[..., num_text_tokens : encoder_hidden_states.shape[1]] = math.log(dino.scale)
+                bias = torch.zeros(len(dino.log_scale), 1, 1, num_tokens, device=latents.device, dtype=dtype)
+                bias[..., num_text_tokens : encoder_hidden_states.shape[1]] = dino.log_scale[:, None, None]
                 joint_attention_kwargs["attention_mask"] = bias
         velocity = self.transformer(
             hidden_states=self.pack_canvas(latents.to(dtype)),
