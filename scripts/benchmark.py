@@ -316,7 +316,7 @@ def measure_step(pipe, plan, dino_strength: float, repeats: int, ceiling: float)
     if dino_strength > 0:
         features = pipe.dino_projector.pool(torch.randn(1, rows, columns, pipe.dino_projector.config.in_dim))
         dino = pipe.prepare_dino_tokens(features[None], plan, dino_strength)
-    with pipe.dino_attention(dino, num_text_tokens):
+    with pipe.dino_attention(dino):
         step = partial(pipe.predict_velocity, latents, timestep, branch, None, dino)
         first = time_calls(step, 1, device)
         time_calls(step, 1, device)

@@ -741,12 +741,12 @@ def test_bfloat16_on_a_gpu(pipe, own_pipe, scale):
 @pytest.mark.parametrize("scale", [0.01, 0.5, 3.0])
 def test_merged_attention_is_a_softmax_with_weighted_keys(attention, device, dtype, atol, scale):
     """On the strided tensors that the processor has, and not on contiguous ones."""
-    start, end = 5, 21
+    num_dino_tokens = 16
     query, key, value = torch.randn(3, 2, 69, 4, 64, generator=generator()).to(device, dtype).transpose(2, 3)
     logits = query.double() @ key.double().transpose(-1, -2) / 8
-    logits[..., start:end] += np.log(scale)
+    logits[..., :num_dino_tokens] += np.log(scale)
     expected = logits.softmax(-1) @ value.double()
-    processor = FluxDinoAttnProcessor(start, end, attention)
+    processor = FluxDinoAttnProcessor(num_dino_tokens, attention)
     log_scale = torch.full((1, 1, 1), np.log(scale), device=device, dtype=dtype)
     result = processor.attend(query, key, value, log_scale)
     assert result.dtype == dtype
@@ -818,10 +818,10 @@ def test_positions_of_the_tile(pipe):
         hook.remove()
     assert torch.equal(ids[0], torch.zeros(16 + 12, 3))
     cells = [[0.0, row, column] for row in range(3) for column in range(4)]
-    assert torch.equal(ids[1], torch.cat([torch.zeros(16, 3), torch.tensor(cells)]))
+    assert torch.equal(ids[1], torch.cat([torch.tensor(cells), torch.zeros(16, 3)]))
     # Two cells for three rows and four columns of tokens: their centres.
     cells = [[0.0, row, column] for row in (0.25, 1.75) for column in (0.5, 2.5)]
-    assert torch.equal(ids[2], torch.cat([torch.zeros(16, 3), torch.tensor(cells)]))
+    assert torch.equal(ids[2], torch.cat([torch.tensor(cells), torch.zeros(16, 3)]))
     assert_different(upscale(pipe), upscale(place))
 
 
