@@ -61,7 +61,12 @@ class Preset(NamedTuple):
     """The models, FLUX.1's by default, and how the pipeline and the stock loop cut an image; lengths in px."""
 
     transformer: dict = {}
-    vae: dict = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 16}
+    vae: dict = {
+        "block_out_channels": [128, 256, 512, 512],
+        "layers_per_block": 2,
+        "latent_channels": 16,
+        "sample_size": 1024,
+    }
     dino: dict = {"image_size": 518}
     projector: dict = {}
     num_text_tokens: int = 512
@@ -81,7 +86,13 @@ PRESETS = {
     # 4 px a token, and at 256 px the very tiles that FLUX.1 has at 4096 px, divided by 16.
     "small": Preset(
         transformer={"num_layers": 2, "num_single_layers": 2, "num_attention_heads": 1, "joint_attention_dim": 64},
-        vae={"block_out_channels": [8, 16], "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 4},
+        vae={
+            "block_out_channels": [8, 16],
+            "layers_per_block": 1,
+            "latent_channels": 4,
+            "norm_num_groups": 4,
+            "sample_size": 64,
+        },
         dino={"image_size": 56, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
         projector={"in_dim": 32, "out_dim": 64, "hidden_dim": 64, "token_grid": 4},
         num_text_tokens=32,
@@ -137,7 +148,7 @@ COLUMNS = {
     "us_per_token": ("4 steps + VAE, us per token", ".1f"),
     "model_to_measured": ("planner's model / measured", ".3f"),
     "step_to_no_dino": ("step / without DINO", ".3f"),
-    "first_run_extra_s": ("first run, extra s", ""),
+    "warm_up_seconds": ("first tile, s", ""),
     "first_call_extra_s": ("first call, extra s", ""),
     "given_strength_to_full": ("strength {dino_strength:g} / 1", ".3f"),
     "full_strength_to_none": ("strength 1 / none", ".3f"),
@@ -150,8 +161,8 @@ HEAD = """# Benchmark of flux-dino-tile
 the ceiling below
 - {input_size} -> {size} px, {steps} steps, DINO strength {dino_strength:g}; {tiles} tiles of {tile_size} px, \
 stock loop (eager, no DINO) {stock_tiles} of {stock_tile_size} px with {stock_tile_overlap} px overlap
-- medians after a warm-up: {image_repeats} of an image, {step_repeats} of a step; \
-a first call's extra time is compilation, where there is any"""
+- medians after a warm-up of one tile: {image_repeats} of an image, {step_repeats} of a step; \
+the first tile and a first call take the time of compilation, where there is any"""
 
 
 def build_parser() -> Parser:
@@ -386,11 +397,14 @@ def step_ratios(variant: str, steps: list[dict], dino_strength: float) -> dict:
 
 
 def measure_image(
-    name: str, run: Callable, num_tiles: int, repeats: int, device: torch.device, warm_ups: int = 1
+    name: str, warm_up: Callable, run: Callable, num_tiles: int, repeats: int, device: torch.device
 ) -> tuple[dict, dict]:
-    """A whole image's record and seconds by phase, which `run` returns, for the median run after the warm-ups."""
+    """A whole image's record and the seconds by phase that `run` returns, for the median run, after a warm-up."""
+    start = synchronized_time(device)
+    warm_up()
+    warm_up_seconds = synchronized_time(device) - start
     runs = []
-    for _ in range(repeats + warm_ups):
+    for _ in range(repeats):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         start = synchronized_time(device)
@@ -398,9 +412,9 @@ def measure_image(
         seconds = synchronized_time(device) - start
         peak_gib = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
         runs.append((seconds, peak_gib, phase_seconds))
-    seconds, peak_gib, phase_seconds = sorted(runs[warm_ups:], key=itemgetter(0))[(repeats - 1) // 2]
+    seconds, peak_gib, phase_seconds = sorted(runs, key=itemgetter(0))[(repeats - 1) // 2]
     record = {"name": name, "seconds": seconds, "num_tiles": num_tiles, "peak_gib": peak_gib}
-    return {**record, "first_run_extra_s": max(0.0, runs[0][0] - seconds), "phases": []}, phase_seconds
+    return {**record, "warm_up_seconds": warm_up_seconds, "phases": []}, phase_seconds
 
 
 def phase_records(total: float, phase_seconds: dict, phase_flops: dict, ceiling: float) -> list[dict]:
@@ -425,20 +439,27 @@ def random_picture(side: int) -> Image.Image:
 def measure_pipeline_image(
     pipe: FluxDinoTilePipeline, name: str, size: int, seconds: dict[str, float], preset: Preset, args
 ) -> tuple[dict, dict]:
-    """Enlarges to `size` px; `seconds` is what `time_methods` gave for this pipeline."""
+    """Enlarges to `size` px; `seconds` is what `time_methods` gave for this pipeline. One tile is the warm-up."""
     picture = random_picture(args.input_size)
-    canvas = {"height": size, "width": size, "num_inference_steps": args.steps, "start_sigma": 0.35}
     tiles: dict[str, Any] = {"tile_size": preset.tile_size, "tile_overlap": preset.tile_overlap}
+    plan = pipe.plan_tiles(size, size, **tiles)
 
-    def run() -> dict[str, float]:
+    def run(height: int, width: int) -> dict[str, float]:
         seconds.update(dict.fromkeys(seconds, 0.0))
-        pipe(image=picture, dino_conditioning_scale=args.dino_strength, generator=seeded(), **canvas, **tiles)
+        pipe(
+            image=picture,
+            height=height,
+            width=width,
+            dino_conditioning_scale=args.dino_strength,
+            num_inference_steps=args.steps,
+            start_sigma=0.35,
+            generator=seeded(),
+            **tiles,
+        )
         return dict(seconds)
 
-    num_tiles = len(pipe.plan_tiles(size, size, **tiles))
-    # The second size has the first one's tiles, which are warm.
-    warm_ups = 1 if size == args.size else 0
-    record, phase_seconds = measure_image(name, run, num_tiles, args.image_repeats, args.device, warm_ups)
+    warm_up, whole = partial(run, plan.tile_height, plan.tile_width), partial(run, size, size)
+    record, phase_seconds = measure_image(name, warm_up, whole, len(plan), args.image_repeats, args.device)
     return {**record, "seconds_per_mp": record["seconds"] / size**2 * 1e6}, phase_seconds
 
 
@@ -451,14 +472,15 @@ def measure_stock_image(preset: Preset, args: argparse.Namespace) -> dict:
     side = min(preset.stock_tile_size, args.size)
     options = {"height": side, "width": side, "strength": 1.0, "num_inference_steps": args.steps}
 
-    def run() -> dict[str, float]:
+    def run(places: list[tuple[int, int]]) -> dict[str, float]:
         canvas = picture.resize((args.size, args.size), Image.Resampling.LANCZOS)
         for top, left in places:
             tile = canvas.crop((left, top, left + side, top + side))
             canvas.paste(pipe(image=tile, generator=seeded(), **prompt, **options).images[0], (left, top))
         return {}
 
-    record = measure_image("stock loop", run, len(places), args.image_repeats, args.device)[0]
+    warm_up, whole = partial(run, places[:1]), partial(run, places)
+    record = measure_image("stock loop", warm_up, whole, len(places), args.image_repeats, args.device)[0]
     return {**record, "seconds_per_mp": record["seconds"] / args.size**2 * 1e6}
 
 

@@ -183,9 +183,12 @@ def test_phase_records_on_hand_made_numbers():
 def test_image_is_the_median_after_a_warm_up(monkeypatch):
     clock = iter([0.0, 9.0, 10.0, 13.0, 20.0, 22.0, 30.0, 34.0])
     monkeypatch.setattr(benchmark, "synchronized_time", lambda device: next(clock))
-    phases = iter([{"denoise": value} for value in (8.0, 2.5, 1.5, 3.5)])
-    result, phase_seconds = benchmark.measure_image("eager", lambda: next(phases), 16, 3, CPU)
-    assert (result["seconds"], result["first_run_extra_s"], phase_seconds) == (3.0, 6.0, {"denoise": 2.5})
+    phases = iter([{"denoise": value} for value in (2.5, 1.5, 3.5)])
+    warm_ups: list = []
+    arguments = (lambda: warm_ups.append(1), lambda: next(phases), 16, 3, CPU)
+    result, phase_seconds = benchmark.measure_image("eager", *arguments)
+    assert (result["seconds"], result["warm_up_seconds"], phase_seconds) == (3.0, 9.0, {"denoise": 2.5})
+    assert warm_ups == [1]
 
 
 def test_timed_methods_add_up(monkeypatch):
