@@ -76,9 +76,9 @@ class Preset(NamedTuple):
     tile_overlap: int = 64
     stock_tile_size: int = 1024
     stock_tile_overlap: int = 128
-    tile_sides: tuple[int, ...] = (512, 768, 896, 1024, 1072, 1136)
+    tile_sides: tuple[int, ...] = (768, 896, 1024, 1136)
     # Text tokens, and the side of the grid of DINO tokens.
-    token_budgets: tuple[tuple[int, int], ...] = ((128, 16), (256, 16), (512, 0), (512, 8), (512, 16), (512, 32))
+    token_budgets: tuple[tuple[int, int], ...] = ((128, 16), (256, 16), (512, 0), (512, 16), (512, 32))
 
 
 PRESETS = {
@@ -179,7 +179,7 @@ def build_parser() -> Parser:
     add("--dino-strength", metavar="FACTOR", type=number(float, 0, 100), default=0.6, help="0 to 100 (default: 0.6)")
     variants_help = f"of {', '.join(VARIANTS)}, with commas (default: the first three on CUDA, else eager)"
     add("--variants", metavar="LIST", help=variants_help)
-    second_help = "side of a second, larger output, for the last variant (default: none)"
+    second_help = "side of a second, larger output, for the first compiled variant, or the last (default: none)"
     add("--second-size", metavar="PX", type=number(int, 64), help=second_help)
     add("--repeats", metavar="N", type=number(int, 1), help="timed runs (default: 1 of an image, 5 of a step)")
     add("--json", metavar="FILE", type=Path, help="write the results here, after every measurement")
@@ -560,7 +560,8 @@ def measure_variant(report: dict, preset: Preset, plan, phase_flops: dict, varia
         report["diffusers_tiling"] = measure_diffusers_tiling(pipe, args)
     seconds = time_methods(pipe, PHASE_METHODS, args.device)
     sizes = [args.size]
-    if variant == args.variants[-1] and args.second_size is not None:
+    compiled = [name for name in args.variants if "compiled" in name]
+    if args.second_size is not None and variant == [*compiled, args.variants[-1]][0]:
         sizes.append(args.second_size)
     for size in sizes:
         name = variant if size == args.size else f"{variant}, {size} px"

@@ -74,7 +74,7 @@ def build_parser() -> Parser:
     add(
         "--runs",
         metavar="LIST",
-        default="2048:8:1,4096:24:8,4096:16:4,4096:12:4,4096:8:2,8192:12:4",
+        default="4096:8:4,4096:12:4,4096:16:8,4096:24:8,8192:12:4",
         help="side of the output in px, allowed GiB and tiles at once, with colons; several with commas (default: "
         "%(default)s)",
     )

@@ -76,7 +76,7 @@ PICTURE_OPTIONS = [name for name in FLUX_DEFAULTS if name not in MACHINE_OPTIONS
 PLAN_OPTIONS = ("model", "tile_size", "tile_overlap", "text_tokens")
 
 # `--memory`: the tiles that run at once under group offloading, by the GiB of the card (docs/performance.md).
-TILES_BY_MEMORY = {"24": 8, "16": 4, "12": 4, "8": 2}
+TILES_BY_MEMORY = {"24": 8, "16": 8, "12": 4, "8": 4}
 
 # Small layers, and those that steer the big ones, which `--quantize` leaves as they are.
 UNQUANTIZED_LAYERS = [
