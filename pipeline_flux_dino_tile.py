@@ -1261,10 +1261,16 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         With FLUX.1, `len(pipe.plan_tiles(4096, 4096))` is 16.
         """
         # The plan must not depend on the projector, so that results with and without it can be compared.
-        tile_size = self._kept_tile_size if tile_size is None else tile_size
-        plan = plan_tiles(
-            height, width, tile_size, tile_overlap, self.pixels_per_token, inner_dim=self.transformer.inner_dim
+        plan_with = partial(
+            plan_tiles, height, width, pixels_per_token=self.pixels_per_token, inner_dim=self.transformer.inner_dim
         )
+        if tile_size is not None or self._kept_tile_size is None:
+            plan = plan_with(tile_size=tile_size, tile_overlap=tile_overlap)
+        else:
+            # A kept tile size fits by chance: a few pixels of overlap must not cost another row of tiles.
+            overlaps = (tile_overlap, tile_overlap * 3 // 4)
+            plans = [plan_with(tile_size=self._kept_tile_size, tile_overlap=overlap) for overlap in overlaps]
+            plan = min(plans, key=len)
         if plan.tokens_per_tile > GRID_TILE_TOKENS:
             logger.warning(
                 f"Tiles of {plan.tile_width}x{plan.tile_height} px are {plan.tokens_per_tile} tokens. FLUX.1 tends to"
@@ -1278,36 +1284,42 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         repeating its last row and column.
 
         Returns:
-            `torch.Tensor` of shape `(batch, 3, padded height, padded width)` in [-1, 1], in float32 on the CPU.
+            `torch.Tensor` of shape `(batch, 3, padded height, padded width)` on the CPU: bytes from PIL images, which
+            take a quarter of the memory, else float32 in [-1, 1]. [`~FluxDinoTilePipeline.crop_pixels`] reads both.
         """
         images = self.check_image(image)
+        below, right = -height % self.pixels_per_token, -width % self.pixels_per_token
         if isinstance(images[0], PIL.Image.Image):
             images = [self.image_processor.resize(item.convert("RGB"), height, width) for item in images]
-            # PyTorch divides on all cores, NumPy on one.
-            pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().div_(255)
+            padded = np.pad(np.stack(images), ((0, 0), (0, below), (0, right), (0, 0)), mode="edge")
+            return torch.from_numpy(padded).permute(0, 3, 1, 2)
+        if isinstance(images[0], np.ndarray):
+            pixels = self.image_processor.numpy_to_pt(np.stack(images))
         else:
-            if isinstance(images[0], np.ndarray):
-                pixels = self.image_processor.numpy_to_pt(np.stack(images))
-            else:
-                pixels = torch.stack(images)
-            pixels = pixels.float().expand(-1, 3, -1, -1)
-            if pixels.shape[2:] != (height, width):
-                pixels = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
-        pixels = pixels.float().cpu()
-        padding = (0, -width % self.pixels_per_token, 0, -height % self.pixels_per_token)
-        if any(padding):
-            pixels = F.pad(pixels, padding, mode="replicate")
-        return self.image_processor.normalize(pixels)
+            pixels = torch.stack(images)
+        pixels = pixels.float().expand(-1, 3, -1, -1)
+        if pixels.shape[2:] != (height, width):
+            pixels = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
+        return self.image_processor.normalize(F.pad(pixels.cpu(), (0, right, 0, below), mode="replicate"))
+
+    def crop_pixels(self, image: torch.Tensor, tile: Tile | None = None) -> torch.Tensor:
+        r"""
+        A tile of a prepared image, or all of it, in [-1, 1] in float32: the tile on the execution device, where bytes
+        become floats, the whole image on the CPU.
+        """
+        pixels = image if tile is None else image[tile.slices()].to(self._execution_device)
+        return pixels if pixels.is_floating_point() else self.image_processor.normalize(pixels.float() / 255)
 
     def encode_tiles(self, image: torch.Tensor, plan: TilePlan, generator) -> torch.Tensor:
         r"""
-        Encodes an image `(batch, 3, height, width)` in [-1, 1] tile by tile to scaled latents in float32 of shape
+        Encodes a prepared image `(batch, 3, height, width)` tile by tile to scaled latents in float32 of shape
         `(batch, latent channels, rows, columns)`.
 
         The tiles' posteriors are blended before one sample is drawn for the whole image, so that the result does not
         depend on the order of the tiles.
         """
-        blended = blend_tiles((self.encode_tile(image[tile.slices()]) for tile in plan), plan, self.vae_scale_factor)
+        tiles = (self.encode_tile(self.crop_pixels(image, tile)) for tile in plan)
+        blended = blend_tiles(tiles, plan, self.vae_scale_factor)
         if blended.shape[1] == self.latent_channels:  # an `AutoencoderTiny` has no posterior
             latents = blended
         else:
@@ -1463,8 +1475,8 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
 
     def encode_dino_tiles(self, image: torch.Tensor, plan: TilePlan) -> torch.Tensor:
         r"""
-        DINO features `(num_tiles, batch, grid rows, grid columns, features)` of the tiles of an image `(batch, 3,
-        height, width)` in [-1, 1].
+        DINO features `(num_tiles, batch, grid rows, grid columns, features)` of the tiles of a prepared image
+        `(batch, 3, height, width)`.
 
         Every tile is resized so that one DINO patch lies under each transformer token. (The encoder's own image
         processor would crop the tile's centre.)
@@ -1477,7 +1489,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         )
         features = []
         for tile in plan:
-            pixels = (image[tile.slices()].to(device) / 2 + 0.5 - mean) / std
+            pixels = (self.crop_pixels(image, tile) / 2 + 0.5 - mean) / std
             pixels = F.interpolate(pixels, (rows * patch_size, columns * patch_size), mode="bicubic", antialias=True)
             features.append(self.dino_projector.pool(self.get_patch_features(pixels, rows, columns)))
         return torch.stack(features)
@@ -1690,10 +1702,9 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
     ) -> list[int]:
         r"""
         Indices of the tiles with nothing to redraw: [`tile_contrast`] of at most `max_contrast` in every image of the
-        batch `(batch, 3, height, width)` and, if DINO looked, [`feature_spread`] of at most `FLAT_TILE_DINO_SPREAD`.
+        prepared batch and, if DINO looked, [`feature_spread`] of at most `FLAT_TILE_DINO_SPREAD`.
         """
-        device = self._execution_device
-        flat = [float(tile_contrast(image[tile.slices()].to(device)).max()) <= max_contrast for tile in plan]
+        flat = [float(tile_contrast(self.crop_pixels(image, tile)).max()) <= max_contrast for tile in plan]
         if features is not None:
             spreads = [float(feature_spread(tile_features).max()) for tile_features in features]
             flat = [is_flat and spread <= FLAT_TILE_DINO_SPREAD for is_flat, spread in zip(flat, spreads)]
@@ -2019,7 +2030,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         else:
             fix_color = None
             if color_fix is not None:
-                reference = self.expand_images(canvas_image, num_prompts, batch_size)
+                reference = self.expand_images(self.crop_pixels(canvas_image), num_prompts, batch_size)
                 fix_color = partial(match_color, reference=reference, method=color_fix)
             images = self.decode_image(canvas, plan, height, width, output_type, fix_color)
 

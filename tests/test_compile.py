@@ -1,10 +1,13 @@
 """`compile_for_upscaling`: the same result from few graphs, and none more for another size, strength or tile count."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from pipeline_flux_dino_tile import plan_tiles
 from tiny_models import ROOT, tiny_pipeline
 
 
@@ -97,6 +100,18 @@ def test_the_planner_keeps_to_the_first_tile_size():
         assert (plan.tile_height, plan.tile_width) == (48, 64)
     assert pipe.plan_tiles(2048, 3072, tile_size=512).tile_height == 512
     torch._dynamo.reset()
+
+
+def test_a_kept_tile_size_may_overlap_a_little_less_to_save_a_row_of_tiles():
+    """1072 px, planned for 4096 px, at 8192 px: nine tiles across with 64 px of overlap, eight with 48 or more."""
+    pipe = tiny_pipeline()
+    assert len(plan_tiles(8192, 8192, 1072, 64)) == 81
+    pipe._kept_tile_size = (1072, 1072)
+    plan = pipe.plan_tiles(8192, 8192)
+    overlaps = {start + plan.tile_width - following for start, following in pairwise(plan.lefts)}
+    assert len(plan) == 64 and overlaps == {48, 64}
+    # Where it saves nothing, the overlap is what was asked for.
+    assert pipe.plan_tiles(4096, 4096) == plan_tiles(4096, 4096, 1072, 64)
 
 
 @pytest.mark.parametrize(
