@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from diffusers.utils import load_image
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import IterableDataset, get_worker_info
 
 from .degradation import degrade
@@ -264,7 +264,11 @@ class Sampling(NamedTuple):
 def read_picture(record: Record) -> Image.Image:
     """The picture upright, in RGB."""
     file = BytesIO(record.file) if isinstance(record.file, bytes) else record.file
-    with Image.open(file) as picture:
+    try:
+        picture = Image.open(file)
+    except UnidentifiedImageError:
+        raise OSError("is not a picture that Pillow can read") from None
+    with picture:
         if picture.mode.startswith(("I", "F")):
             raise OSError("has 16 or 32 bits per channel")
         return load_image(picture)
@@ -332,6 +336,11 @@ def sample_rng(seed: int, number: int, purpose: int = 0) -> np.random.Generator:
     return np.random.default_rng([seed, number, purpose])
 
 
+def content_number(record: Record) -> int:
+    """The same for a picture wherever it stands in a stream."""
+    return zlib.crc32(record.file if isinstance(record.file, bytes) else str(record.file).encode())
+
+
 def report_skipped(record: Record, error: Exception) -> None:
     print(f"{record.name}: skipped, {error}", file=sys.stderr, flush=True)
 
@@ -385,7 +394,7 @@ class SampleStream(IterableDataset):
 
     def make_sample(self, record: Record, number: int) -> dict:
         rng = sample_rng(self.seed, number)
-        crop_rng = sample_rng(self.seed, zlib.crc32(record.name.encode())) if self.sampling.fixed_crops else rng
+        crop_rng = sample_rng(self.seed, content_number(record)) if self.sampling.fixed_crops else rng
         pair = make_pair(record, self.sampling, self.image_processor, rng, crop_rng)
         return {
             "sharp": to_bytes(pair.sharp),

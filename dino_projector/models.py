@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from transformers import AutoModel, PreTrainedModel, SiglipVisionModel
 from transformers.image_processing_utils import BaseImageProcessor
 
-from pipeline_flux_dino_tile import PROMPT_EMBEDS_NAME, DinoProjector, FluxDinoTilePipeline
+from pipeline_flux_dino_tile import PROMPT_EMBEDS_NAME, DinoProjector, FluxDinoTilePipeline, PromptBranch
 
 
 PROJECTOR_FOLDER = "dino_projector"
@@ -162,8 +162,7 @@ def distillation_loss(projector: DinoProjector, features: torch.Tensor, target: 
 def save_result(
     folder: str | Path,
     pipe: FluxDinoTilePipeline,
-    prompt_embeds: torch.Tensor,
-    pooled_prompt_embeds: torch.Tensor,
+    empty_prompt: PromptBranch,
     facts: dict,
 ) -> None:
     """Writes what [`~FluxDinoTilePipeline.load_dino_projector`] loads, and `training.json`."""
@@ -171,8 +170,8 @@ def save_result(
     pipe.dino_projector.save_pretrained(folder / PROJECTOR_FOLDER)
     if pipe.dino_projector.config.dino_model is None:
         pipe.dino_encoder.save_pretrained(folder / ENCODER_FOLDER)
-    embeds = {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
-    save_file({name: tensor.cpu().contiguous() for name, tensor in embeds.items()}, folder / PROMPT_EMBEDS_NAME)
+    embeds = {name: getattr(empty_prompt, name).cpu() for name in ("prompt_embeds", "pooled_prompt_embeds")}
+    save_file(embeds, folder / PROMPT_EMBEDS_NAME)
     (folder / FACTS_NAME).write_text(json.dumps(facts, indent=2) + "\n")
 
 

@@ -33,7 +33,18 @@ from pipeline_flux_dino_tile import DinoProjector, FluxDinoTilePipeline
 from .cache import TensorCache, TextEmbeddings, model_fingerprint, text_fingerprint
 from .checkpoints import find_checkpoint, load_checkpoint, replace_folder, save_checkpoint
 from .conditioning import Dropout
-from .data import ImageFolder, ListedSource, SampleStream, Sampling, Shards, check_shards, first_pairs, open_dataset
+from .data import (
+    ImageFolder,
+    ListedSource,
+    SampleStream,
+    Sampling,
+    Shards,
+    Source,
+    check_shards,
+    first_pairs,
+    open_dataset,
+    to_bytes,
+)
 from .models import (
     PROJECTOR_FOLDER,
     ReduxTeacher,
@@ -64,6 +75,7 @@ SAMPLE_CAPTIONS = (
     "a street in the rain",
 )
 NUM_SIGMA_BINS = 4
+NUM_SCALE_PICTURES = 16
 # What may differ between the parts of a run without changing its result.
 FREE_OPTIONS = {
     *("output_dir", "logging_dir", "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit"),
@@ -221,7 +233,7 @@ def make_accelerator(args) -> Accelerator:
     return accelerator
 
 
-def open_source(args, accelerator: Accelerator) -> ListedSource | Shards:
+def open_source(args, accelerator: Accelerator) -> Source:
     caption_column = None if args.caption_column == "none" else args.caption_column
     if args.train_data_dir is not None:
         return ImageFolder(args.train_data_dir, args.seed, caption_column)
@@ -303,16 +315,22 @@ def average_gradients(projector: DinoProjector, accelerator: Accelerator) -> Non
         parameter.grad = accelerator.reduce(parameter.grad, "mean")
 
 
-def initialize_projector(
-    make_inputs: InputMaker, accelerator: Accelerator, batches: Iterator, rms: float, args
-) -> None:
-    """Brings the tokens to the scale of text, and on request close to FLUX Redux's."""
+def scale_tokens(make_inputs: InputMaker, accelerator: Accelerator, stream: SampleStream, rms: float) -> None:
+    """Brings the tokens of the first pictures to the scale of text."""
+    pipe, plan = make_inputs.pipe, make_inputs.plan
+    pairs = first_pairs(stream.source, NUM_SCALE_PICTURES, stream.sampling, stream.image_processor, stream.seed)
+    with torch.no_grad():
+        pictures = [to_pixels(pipe, to_bytes(pair.degraded)[None]) for pair in pairs]
+        features = torch.cat([pipe.encode_dino_tiles(picture, plan) for picture in pictures])
+    match_token_rms(pipe.dino_projector, features, rms)
+    # A stream has other first pictures in every process.
+    pipe.dino_projector.gain.data = accelerator.reduce(pipe.dino_projector.gain.data, "mean")
+
+
+def distill_redux(make_inputs: InputMaker, accelerator: Accelerator, batches: Iterator, args) -> None:
+    """Teaches the projector FLUX Redux's tokens of the sharp picture, from the degraded one."""
     pipe = make_inputs.pipe
     projector = pipe.dino_projector
-    match_token_rms(projector, make_inputs(next(batches)).features, rms)
-    projector.gain.data = accelerator.reduce(projector.gain.data, "mean")
-    if args.init_from_redux is None:
-        return
     teacher = ReduxTeacher(args.init_from_redux, accelerator.device, pipe.transformer.dtype)
     optimizer = torch.optim.AdamW(projector.parameters(), lr=args.redux_learning_rate)
     is_hidden = None if accelerator.is_main_process else True
@@ -320,7 +338,7 @@ def initialize_projector(
     for batch in bar:
         with torch.no_grad():
             features = pipe.encode_dino_tiles(to_pixels(pipe, batch["degraded"]), make_inputs.plan)[0]
-        target = teacher.tokens(to_pixels(pipe, batch["sharp"]), tuple(features.shape[1:3]))
+        target = teacher.tokens(to_pixels(pipe, batch["sharp"]), features.shape[1:3])
         loss = distillation_loss(projector, features, target)
         loss.backward()
         average_gradients(projector, accelerator)
@@ -334,6 +352,10 @@ def start_run(args, accelerator: Accelerator) -> tuple[ProjectorTrainer, Statefu
     checkpoint = None
     if args.resume_from_checkpoint is not None:
         checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    state = None if checkpoint is None else load_checkpoint(checkpoint)
+    if state is not None:
+        check_readers(checkpoint, state, args, accelerator)
+        report_changes(state["arguments"], vars(args), accelerator)
     dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
     source = open_source(args, accelerator)
     check_shards(source, accelerator.num_processes, args.dataloader_num_workers)
@@ -341,24 +363,31 @@ def start_run(args, accelerator: Accelerator) -> tuple[ProjectorTrainer, Statefu
     pipe = load_pipeline(args, accelerator.device, dtype)
     make_inputs = make_input_maker(args, pipe, embed_captions)
     # For calls without a prompt, as in the validation.
-    pipe.default_prompt_embeds = tuple(make_inputs.branch([""])[:2])
-    if checkpoint is None:
-        batches = iter(make_loader(args, accelerator, source, pipe.image_processor))
-        initialize_projector(make_inputs, accelerator, batches, rms, args)
+    empty = make_inputs.branch([""])
+    pipe.default_prompt_embeds = (empty.prompt_embeds, empty.pooled_prompt_embeds)
+    if state is None:
+        first_loader = make_loader(args, accelerator, source, pipe.image_processor)
+        scale_tokens(make_inputs, accelerator, first_loader.dataset, rms)
+        if args.init_from_redux is not None:
+            distill_redux(make_inputs, accelerator, iter(first_loader), args)
     trainer = ProjectorTrainer(pipe, make_inputs, accelerator, args)
     loader = make_loader(args, accelerator, source, pipe.image_processor)
-    if checkpoint is not None:
-        state = load_checkpoint(checkpoint)
-        report_changes(state["arguments"], vars(args), accelerator)
-        if len(state["loaders"]) != accelerator.num_processes:
-            raise ValueError(
-                f"--resume_from_checkpoint {checkpoint}: made by {len(state['loaders'])} processes, not"
-                f" {accelerator.num_processes}. Start as many."
-            )
+    if state is not None:
         trainer.load_state_dict(state["trainer"])
         loader.load_state_dict(state["loaders"][accelerator.process_index])
         accelerator.print(f"going on from {checkpoint}, step {trainer.step}")
     return trainer, loader
+
+
+def check_readers(checkpoint: Path | None, state: dict, args, accelerator: Accelerator) -> None:
+    """Raises a `ValueError` unless as many processes and workers share the data as before."""
+    old = (len(state["loaders"]), state["arguments"]["dataloader_num_workers"])
+    new = (accelerator.num_processes, args.dataloader_num_workers)
+    if old != new:
+        raise ValueError(
+            f"--resume_from_checkpoint {checkpoint}: it was made with {old[0]} processes and --dataloader_num_workers"
+            f" {old[1]}, not {new[0]} and {new[1]}. Use the same."
+        )
 
 
 def report_changes(old: dict, new: dict, accelerator: Accelerator) -> None:
@@ -470,12 +499,12 @@ def train(args) -> bool:
     accelerator.init_trackers(args.tracker_project_name, {name: str(value) for name, value in vars(args).items()})
     with trainer.stop.installed():
         is_finished, validation = run_steps(trainer, loader, validator, args)
-    if is_finished and accelerator.is_main_process:
-        facts = training_facts(trainer, args, validation)
+    if is_finished and validator is not None:
+        facts, branch = training_facts(trainer, args, validation), validator.branch
 
         def write(folder: Path) -> None:
             with trainer.ema_weights():
-                save_result(folder, trainer.pipe, *trainer.pipe.default_prompt_embeds, facts)
+                save_result(folder, trainer.pipe, branch, facts)
 
         replace_folder(Path(args.output_dir) / "final", write)
         print(f"done: pipe.load_dino_projector({str(Path(args.output_dir) / 'final')!r})")
