@@ -109,30 +109,37 @@ def quantize(pipe: FluxDinoTilePipeline, quantization: str, device: torch.device
     pipe.to(device)
 
 
-def build_trainer(preset: Preset, recipe: Recipe, resolution: int, batch_size: int, args, accelerator: Accelerator):
-    """A trainer with the defaults of `train_projector.py`, but for what is measured."""
+def build_recipe(preset: Preset, recipe: Recipe, args: argparse.Namespace) -> FluxDinoTilePipeline:
+    """Random models, ready to be trained."""
     pipe = build_pipeline(FluxDinoTilePipeline, preset, args.device, args.dtype)
     if recipe.quantization != "none":
         quantize(pipe, recipe.quantization, args.device, args.dtype)
     for parameter in pipe.dino_projector.parameters():
         parameter.data = parameter.data.float()
     freeze(pipe)
+    return pipe
+
+
+def make_trainer(
+    pipe, compiles: bool, resolution: int, batch_size: int, args, accelerator: Accelerator
+) -> ProjectorTrainer:
+    """A trainer with the defaults of `train_projector.py`, but for what is measured."""
     sizes = ["--resolution", str(resolution), "--train_batch_size", str(batch_size)]
     names = ["--pretrained_model_name_or_path", "random", "--output_dir", "none"]
     options = train_projector.build_parser().parse_args([*names, *sizes])
-    options.compile = recipe.compiles
+    options.compile = compiles
     options.gradient_checkpointing = not args.no_gradient_checkpointing
     dropout = Dropout(options.dino_dropout, options.token_dropout, options.strength_jitter)
     plan = pipe.plan_tiles(resolution, resolution, resolution)
-    embed_captions = partial(repeat_embeds, pipe.default_prompt_embeds)
+    embed_captions = partial(repeat_embeds, *pipe.default_prompt_embeds)
     levels = NoiseLevels(options.sigma_min, options.sigma_max)
     make_inputs = InputMaker(pipe, plan, embed_captions, levels, dropout, options.guidance_scale, options.seed)
     return ProjectorTrainer(pipe, make_inputs, accelerator, options)
 
 
-def repeat_embeds(embeds: tuple[torch.Tensor, torch.Tensor], captions) -> tuple[torch.Tensor, torch.Tensor]:
-    prompt_embeds, pooled_prompt_embeds = embeds
-    return prompt_embeds.expand(len(captions), -1, -1), pooled_prompt_embeds.expand(len(captions), -1)
+def repeat_embeds(embeds: torch.Tensor, pooled_embeds: torch.Tensor, captions) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same prompt for every caption."""
+    return embeds.expand(len(captions), -1, -1), pooled_embeds.expand(len(captions), -1)
 
 
 def random_batch(resolution: int, batch_size: int) -> dict:
@@ -156,8 +163,18 @@ def measure(trainer: ProjectorTrainer, batch: dict, repeats: int, device: torch.
         "samples_per_second": samples_per_second,
         "peak_gib": peak_gib,
         "first_step_s": first,
-        "error": None,
     }
+
+
+def measure_recipe(
+    pipe: FluxDinoTilePipeline, recipe: Recipe, resolution: int, batch_size: int, args, accelerator: Accelerator
+) -> dict:
+    torch.compiler.reset()  # so that no shape of an earlier batch counts
+    trainer = make_trainer(pipe, recipe.compiles, resolution, batch_size, args, accelerator)
+    try:
+        return measure(trainer, random_batch(resolution, batch_size), args.repeats, args.device)
+    except RuntimeError as error:  # memory, mostly
+        return {"error": last_line(error)}
 
 
 def run_benchmark(args: argparse.Namespace) -> dict:
@@ -169,18 +186,17 @@ def run_benchmark(args: argparse.Namespace) -> dict:
     report: dict = {"machine": describe_machine(args.device), "num_text_tokens": preset.num_text_tokens, "steps": []}
     report["gradient_checkpointing"] = not args.no_gradient_checkpointing
     for name in args.recipes:
+        pipe, failure = None, None
+        try:
+            pipe = build_recipe(preset, RECIPES[name], args)
+        # A recipe that this machine lacks memory or packages for must not take the others with it.
+        except (RuntimeError, ImportError) as error:
+            failure = last_line(error)
         for resolution, batch_size in BATCHES[args.preset]:
             print(f"benchmark_training.py: {name}, {resolution} px", file=sys.stderr, flush=True)
-            record = {"recipe": name, "resolution": resolution, "batch_size": batch_size}
-            torch.compiler.reset()
-            try:
-                trainer = build_trainer(preset, RECIPES[name], resolution, batch_size, args, accelerator)
-                record |= measure(trainer, random_batch(resolution, batch_size), args.repeats, args.device)
-            # A recipe that this machine lacks memory or packages for must not take the others with it.
-            except (RuntimeError, ImportError) as error:
-                empty = dict.fromkeys(("seconds", "samples_per_second", "peak_gib", "first_step_s"))
-                record |= {**empty, "error": last_line(error)}
-            trainer = None
+            record = {"recipe": name, "resolution": resolution, "batch_size": batch_size, "error": failure}
+            if pipe is not None:
+                record |= measure_recipe(pipe, RECIPES[name], resolution, batch_size, args, accelerator)
             report["steps"].append(record)
             save_json(report, args.json)
     return report
@@ -194,7 +210,7 @@ def format_report(report: dict) -> str:
     head += f" {report['num_text_tokens']} text tokens, {checkpointing}\n"
     rows = [[heading for heading, _ in COLUMNS.values()], ["---"] * len(COLUMNS)]
     rows += [
-        [benchmark.format_cell(step[key], form) for key, (_, form) in COLUMNS.items()] for step in report["steps"]
+        [benchmark.format_cell(step.get(key), form) for key, (_, form) in COLUMNS.items()] for step in report["steps"]
     ]
     return "\n".join([head, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
 

@@ -275,7 +275,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
     from dino_projector.checkpoints import last_line
-    from dino_projector.training import TrainingError, train
+    from dino_projector.run import train
+    from dino_projector.training import TrainingError
 
     hide_loading_bars()
     warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata's, on newer PyTorch

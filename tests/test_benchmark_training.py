@@ -28,7 +28,7 @@ def test_a_run_measures_every_batch_and_reports_what_fails(tmp_path, capsys, mon
     for step in report["steps"][:2]:
         assert step["samples_per_second"] == pytest.approx(step["batch_size"] / step["seconds"])
         assert step["error"] is None
-    assert all(step["error"] == "no memory" and step["seconds"] is None for step in report["steps"][2:])
+    assert all(step["error"] == "no memory" and "seconds" not in step for step in report["steps"][2:])
     table = capsys.readouterr().out
     assert "| plain | 64 | 2 |" in table and "32 text tokens, gradient checkpointing" in table
 
@@ -36,7 +36,8 @@ def test_a_run_measures_every_batch_and_reports_what_fails(tmp_path, capsys, mon
 def test_what_is_measured_is_a_training_step():
     args = benchmark_training.parse_arguments(ARGUMENTS)
     preset, recipe = benchmark_training.PRESETS["small"], benchmark_training.RECIPES["plain"]
-    trainer = benchmark_training.build_trainer(preset, recipe, 64, 2, args, Accelerator(cpu=True))
+    pipe = benchmark_training.build_recipe(preset, recipe, args)
+    trainer = benchmark_training.make_trainer(pipe, False, 64, 2, args, Accelerator(cpu=True))
     before = [parameter.detach().clone() for parameter in trainer.projector.parameters()]
     batch = benchmark_training.random_batch(64, 2)
     inputs = trainer.make_inputs(batch)
@@ -46,6 +47,20 @@ def test_what_is_measured_is_a_training_step():
         values = trainer.train_step([batch])
     assert values["grad_norm"] > 0
     assert any(not torch.equal(a, b) for a, b in zip(before, trainer.projector.parameters()))
+
+
+def test_a_batch_without_memory_leaves_the_others(monkeypatch, capsys):
+    measure = benchmark_training.measure
+
+    def fail_at_first(trainer, batch, *args):
+        if batch["sharp"].shape[-1] == 64:
+            raise torch.OutOfMemoryError("no memory")
+        return measure(trainer, batch, *args)
+
+    monkeypatch.setattr(benchmark_training, "measure", fail_at_first)
+    assert benchmark_training.main([*ARGUMENTS, "--recipes", "plain"]) == 0
+    first, second = capsys.readouterr().out.splitlines()[-2:]
+    assert first.endswith("no memory |") and second.startswith("| plain | 96 | 1 |") and second.endswith("| - |")
 
 
 @pytest.mark.parametrize("options", [["--recipes", "int3"], ["--json", "nowhere/a.json"], ["--text-tokens", "513"]])

@@ -8,9 +8,11 @@ import subprocess
 import sys
 import time
 
+import datasets
 import pytest
 import torch
 import train_projector
+import webdataset
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -152,7 +154,31 @@ def test_a_run_says_what_it_does_logs_and_validates(model, photos, tmp_path, cap
     # The enlarged input, without and with tokens, and the sharp picture, for two examples.
     assert Image.open(tmp_path / "validation" / "step-000004.png").size == (4 * 64, 2 * 64)
     facts = json.loads((tmp_path / "final" / "training.json").read_text())
+    assert "train_data_dir" not in facts["options"]
     assert facts["options"]["degradation"] == ["mild", "bicubic"] and facts["validation"]
+
+
+@pytest.mark.parametrize("kind", ["shards", "dataset", "stream"])
+def test_other_sources_train_with_their_captions(model, photos, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+    rows = [{"image": {"bytes": path.read_bytes(), "path": path.name}} for path in photos.glob("*.png")]
+    if kind == "shards":
+        with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
+            for row in rows:
+                key = row["image"]["path"].removesuffix(".png")
+                writer.write({"__key__": key, "png": row["image"]["bytes"], "txt": f"a {key}"})
+        options = ["--train_shards", tmp_path / "a.tar"]
+    else:
+        table = datasets.Dataset.from_list([{**row, "text": f"a {row['image']['path']}"} for row in rows])
+        (tmp_path / "table").mkdir()
+        table.cast_column("image", datasets.Image()).to_parquet(tmp_path / "table" / "a.parquet")
+        options = ["--dataset_name", tmp_path / "table", "--caption_column", "text"]
+        options += ["--streaming"] if kind == "stream" else []
+    run(model, None, tmp_path / "out", *options, "--proportion_empty_prompts", 0)
+    # The empty prompt, what set the tokens' scale, and the captions: of all pictures where they are listed.
+    stored = len(list((tmp_path / "out" / "precomputed" / "text").iterdir()))
+    assert stored == 7 if kind == "dataset" else stored > 4
+    assert (tmp_path / "out" / "final").is_dir()
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -18,12 +18,13 @@ from safetensors.torch import load_file
 from training_runs import arguments, parse, save_model, save_photos, start
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from dino_projector import training
+from dino_projector import run
 from dino_projector.cache import TensorCache, TextEmbeddings, cache_key, model_fingerprint, text_fingerprint
 from dino_projector.conditioning import Dropout, draw_caption, draw_log_scale
 from dino_projector.data import sample_rng
 from dino_projector.models import ReduxTeacher, distillation_loss, match_token_rms
 from dino_projector.steps import NoiseLevels, StepInputs, denoising_losses, draw_sigma, project_tokens
+from dino_projector.training import TrainingError
 from dino_projector.validation import bin_centers, summarize, validation_losses
 from pipeline_flux_dino_tile import FluxDinoTilePipeline
 from tiny_models import JOINT_ATTENTION_DIM, tiny_pipeline
@@ -181,7 +182,7 @@ def test_bf16_keeps_the_projector_in_float32(schnell, photos, tmp_path):
         device=torch.device("cpu"), process_index=0, num_processes=1, is_main_process=True, print=print,
         autocast=lambda: torch.autocast("cpu", torch.bfloat16), reduce=lambda tensor, _: tensor,
     )  # fmt: skip
-    trainer, loader = training.start_run(args, accelerator)
+    trainer, loader = run.start_run(args, accelerator)
     assert trainer.pipe.transformer.dtype == trainer.pipe.vae.dtype == torch.bfloat16
     inputs = trainer.make_inputs(next(iter(loader)))
     assert inputs.sigmas.dtype == inputs.noise.dtype == inputs.latents.dtype == torch.float32
@@ -201,7 +202,7 @@ def test_nan_stops_with_the_names_before_the_weights_are_touched(schnell, photos
     batch = next(iter(loader))
     trainer.projector.gain.data[0] = math.nan
     before = trainer.projector.linear_1.weight.clone()
-    with pytest.raises(training.TrainingError, match=r"the loss is nan .* at step 1, on") as error:
+    with pytest.raises(TrainingError, match=r"the loss is nan .* at step 1, on") as error:
         trainer.train_step([batch])
     assert all(name in str(error.value) for name in batch["name"])
     assert torch.equal(trainer.projector.linear_1.weight, before)
@@ -314,7 +315,7 @@ def test_cached_latents_are_those_of_the_picture_and_vae(schnell, photos, tmp_pa
     assert all(any(torch.equal(latents, item[0]) for item in stored) for latents in inputs.latents)
     # Another VAE shares the folder, but no entry.
     trainer.pipe.vae.encoder.conv_in.weight.data *= 1.1
-    other = training.make_input_maker(parse(*options), trainer.pipe, trainer.make_inputs.embed_captions)
+    other = run.make_input_maker(parse(*options), trainer.pipe, trainer.make_inputs.embed_captions)
     assert not torch.equal(other(batch).latents, inputs.latents)
 
 
@@ -383,7 +384,7 @@ def test_init_from_redux_comes_closer_to_its_tokens(schnell, photos, tmp_path, r
 
 def test_validation_losses_are_means_over_the_examples(schnell, photos, tmp_path):
     trainer, loader, args = start(schnell, photos, tmp_path, "--num_validation_images", 3)
-    validator = training.Validator(trainer, loader.dataset.source, args)
+    validator = run.Validator(trainer, loader.dataset.source, args)
     pipe, examples = trainer.pipe, validator.examples
     found = validation_losses(pipe, validator.plan, examples, validator.branch, None, [0.2, 0.5])
     with torch.no_grad():
@@ -429,10 +430,10 @@ def test_overfits_so_that_its_own_tokens_help_and_anothers_less(photos, tmp_path
     length = ("--max_train_steps", 200, "--learning_rate", 0.01, "--seed", 1)
     args = train_projector.parse_arguments(arguments(model, photos, tmp_path, *fixed, *steady, *size, *length))
     train_projector.fill_in_defaults(args)
-    trainer, loader = training.start_run(args, Accelerator(cpu=True))
-    validator = training.Validator(trainer, loader.dataset.source, args)
+    trainer, loader = run.start_run(args, Accelerator(cpu=True))
+    validator = run.Validator(trainer, loader.dataset.source, args)
     before = validator.run()
-    is_finished, after = training.run_steps(trainer, loader, validator, args)
+    is_finished, after = run.run_steps(trainer, loader, validator, run.StopSignal(), args)
     assert is_finished
     assert after["validation/with_tokens"] < 0.95 * before["validation/with_tokens"]
     assert after["validation/gap_without_tokens_percent"] > 5

@@ -35,8 +35,8 @@ def save_photos(folder: Path, size: int = RESOLUTION) -> None:
         ImageOps.fit(picture.convert("RGB"), (size, size)).save(folder / f"{name}.png")
 
 
-def arguments(model: Path, photos: Path, output: Path, *more: object) -> list[str]:
-    """Of a short run on the CPU; later options win."""
+def arguments(model: Path, photos: Path | None, output: Path, *more: object) -> list[str]:
+    """Of a short run on the CPU; later options win. Without photos, another source must be among them."""
     options = {
         "pretrained_model_name_or_path": model,
         "dino_model": model / "dino_encoder",
@@ -55,7 +55,7 @@ def arguments(model: Path, photos: Path, output: Path, *more: object) -> list[st
         "dataloader_num_workers": 0,
         "report_to": "none",
     }
-    flat = [item for name, value in options.items() for item in (f"--{name}", str(value))]
+    flat = [item for name, value in options.items() if value is not None for item in (f"--{name}", str(value))]
     return [*flat, "--cpu", *map(str, more)]
 
 
@@ -67,7 +67,7 @@ def parse(*argv) -> object:
 
 def start(*argv):
     """Trainer, loader and arguments, as `train` would have them."""
-    from dino_projector.training import start_run
+    from dino_projector.run import start_run
 
     args = parse(*argv)
     torch.manual_seed(0)
