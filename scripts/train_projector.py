@@ -233,6 +233,7 @@ def fill_in_defaults(args: argparse.Namespace) -> None:
 
     from dino_projector.checkpoints import list_checkpoints
 
+    check_package("torchdata", "training")
     on_cpu = args.cpu or not torch.cuda.is_available()
     args.mixed_precision = args.mixed_precision or ("no" if on_cpu else "bf16")
     if args.quantization == "nf4" and on_cpu:

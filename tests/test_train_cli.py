@@ -1,5 +1,6 @@
 """`scripts/train_projector.py` as a user meets it: usage, resuming, signals, several processes, a full disk."""
 
+import importlib.util
 import json
 import os
 import resource
@@ -95,12 +96,15 @@ def test_a_source_is_needed(model, tmp_path, capsys):
 
 
 def test_missing_packages_are_named(model, photos, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    find_spec, missing = importlib.util.find_spec, ["torchao", "wandb"]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in missing else find_spec(name))
     assert '--quantization fp8 needs the package torchao: pip install "torchao"' in usage_error(
         capsys, *arguments(model, photos, tmp_path, "--quantization", "fp8")
     )
     options = ("--report_to", "wandb")
     assert "needs the package wandb" in usage_error(capsys, *arguments(model, photos, tmp_path, *options))
+    missing.append("torchdata")
+    assert "training needs the package torchdata" in usage_error(capsys, *arguments(model, photos, tmp_path))
 
 
 def test_a_used_output_folder_is_not_overwritten(model, photos, tmp_path, capsys):

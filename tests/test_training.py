@@ -14,6 +14,7 @@ from diffusers import FluxPriorReduxPipeline
 from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import load_file
 from training_runs import arguments, parse, save_model, save_photos, start
 from transformers import SiglipVisionConfig, SiglipVisionModel
@@ -25,7 +26,7 @@ from dino_projector.data import sample_rng
 from dino_projector.models import ReduxTeacher, distillation_loss, match_token_rms
 from dino_projector.steps import NoiseLevels, StepInputs, denoising_losses, draw_sigma, project_tokens
 from dino_projector.training import TrainingError
-from dino_projector.validation import bin_centers, summarize, validation_losses
+from dino_projector.validation import bin_centers, log_strips, summarize, validation_losses
 from pipeline_flux_dino_tile import FluxDinoTilePipeline
 from tiny_models import JOINT_ATTENTION_DIM, tiny_pipeline
 
@@ -412,6 +413,20 @@ def test_summary_has_gaps_in_percent():
     assert values["validation/with_tokens/sigma_0.200"] == 1.0 and values["validation/other_tokens/sigma_0.600"] == 3.4
     assert values["validation/gap_without_tokens_percent"] == pytest.approx(25)
     assert values["validation/gap_other_tokens_percent"] == pytest.approx(10)
+
+
+def test_pictures_reach_each_tracker_in_its_layout():
+    logged = {}
+
+    def tracker(name):
+        return SimpleNamespace(
+            name=name, log_images=lambda values, step, **layout: logged.update({name: (values, step, layout)})
+        )
+
+    log_strips([tracker("tensorboard"), tracker("wandb")], [Image.new("RGB", (8, 4), "red")] * 3, 7)
+    assert logged["tensorboard"][1:] == (7, {"dataformats": "NHWC"}) and logged["wandb"][1:] == (7, {})
+    for values, _, _ in logged.values():
+        assert values["validation/pictures"].shape == (3, 4, 8, 3)
 
 
 # ---- The whole -----------------------------------------------------------------------------------------------------
