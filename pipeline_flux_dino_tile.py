@@ -27,7 +27,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +38,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline, FluxTransformer2DModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from diffusers.image_processor import PipelineImageInput
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -79,6 +80,17 @@ DEFAULT_UPSCALE_FACTOR = 4.0
 
 DINO_MODEL_TYPES = ("dinov2", "dinov2_with_registers", "dinov3_vit")
 PROMPT_EMBEDS_NAME = "prompt_embeds.safetensors"
+
+# What the planner weighs: the steps of FLUX.1-schnell, and the time of VAE and DINO for an image token, as the
+# operations that the transformer does in that time (docs/performance.md has the measurements).
+PLANNED_STEPS = 4
+VAE_FLOPS_PER_TOKEN = 9e9
+
+# A flat tile, which `skip_flat_tiles` leaves as it is: root mean square of the detail, on a scale of 0 to 1, in the
+# busiest square of this many pixels, and the mean distance (1 - cosine) of its DINO features from their mean.
+FLAT_TILE_CONTRAST = 0.01
+FLAT_TILE_SQUARE = 64
+FLAT_TILE_DINO_SPREAD = 0.3
 
 # Backends that add a float mask of shape (B, 1, 1, S) to the logits; the others refuse a mask.
 MASK_BACKENDS = (
@@ -236,11 +248,6 @@ def axis_windows(starts: Sequence[int], size: int) -> torch.Tensor:
     return torch.stack([window / total[start : start + size] for start, window in zip(starts, windows)]).float()
 
 
-def transformer_cost(num_tokens: int, inner_dim: int) -> int:
-    """Work of one transformer call on `num_tokens`, up to a constant: linear layers plus attention."""
-    return num_tokens * (6 * inner_dim + num_tokens)
-
-
 def transformer_flops(num_tokens: int, inner_dim: int = 3072, num_layers: int = 57) -> float:
     """
     Floating-point operations of one FLUX forward pass for one tile.
@@ -253,15 +260,28 @@ def transformer_flops(num_tokens: int, inner_dim: int = 3072, num_layers: int = 
         inner_dim (`int`, defaults to 3072): Heads times head dimension.
         num_layers (`int`, defaults to 57): Double plus single blocks.
     """
-    return 4.0 * inner_dim * num_layers * transformer_cost(num_tokens, inner_dim)
+    return 4.0 * inner_dim * num_layers * num_tokens * (6 * inner_dim + num_tokens)
+
+
+def tile_cost(image_tokens: int, extra_tokens: int, inner_dim: int = 3072) -> float:
+    """
+    Work for one tile of an image, as floating-point operations of the transformer: its steps, and VAE and DINO.
+
+    Args:
+        image_tokens (`int`): Tokens of the tile.
+        extra_tokens (`int`): Text and DINO tokens that every tile carries.
+        inner_dim (`int`, defaults to 3072): Heads times head dimension.
+    """
+    steps = PLANNED_STEPS * transformer_flops(image_tokens + extra_tokens, inner_dim)
+    return steps + VAE_FLOPS_PER_TOKEN * image_tokens
 
 
 def choose_tile_size(
     height: int, width: int, overlap: int, extra_tokens: int, inner_dim: int
 ) -> tuple[int, int] | None:
     """
-    The tile size that covers the canvas with the least transformer work, all lengths in tokens; `None` if the overlap
-    fills every one.
+    The tile size that covers the canvas with the least work, all lengths in tokens; `None` if the overlap fills every
+    one.
 
     Tiles of `MIN_TILE_TOKENS` to `MAX_TILE_TOKENS` and the fixed size of 64 x 64 compete. A canvas too narrow for
     them gets the largest tiles that it can hold.
@@ -275,9 +295,9 @@ def choose_tile_size(
         # A canvas narrower than a tile forces the tile's shape.
         return max(rows, columns) <= MAX_TILE_ASPECT * min(rows, columns) or rows == height or columns == width
 
-    def work(size: tuple[int, int]) -> int:
+    def work(size: tuple[int, int]) -> float:
         count = tile_count(height, size[0], overlap) * tile_count(width, size[1], overlap)
-        return count * transformer_cost(size[0] * size[1] + extra_tokens, inner_dim)
+        return count * tile_cost(size[0] * size[1], extra_tokens, inner_dim)
 
     sizes = [
         (rows, columns)
@@ -312,7 +332,7 @@ def plan_tiles(
         width (`int`): Width of the output in pixels.
         tile_size (`int` or `tuple[int, int]`, *optional*):
             Side, or height and width, of a tile in pixels, a multiple of `pixels_per_token`. A canvas smaller than
-            that is one tile. When `None`, the size that costs the least transformer work for this output.
+            that is one tile. When `None`, the size that costs the least work for this output, see [`tile_cost`].
         tile_overlap (`int`, defaults to 64): The least overlap of neighbours in pixels, rounded up to whole tokens.
         pixels_per_token (`int`, defaults to 16): Side of a transformer token in pixels.
         extra_tokens (`int`, defaults to 768): Text and DINO tokens that every tile carries, for the cost.
@@ -377,15 +397,28 @@ def crop_tiles(canvas: torch.Tensor, plan: TilePlan, pixels_per_cell: int) -> to
     return torch.stack([canvas[tile.slices(pixels_per_cell)] for tile in plan])
 
 
-def blend_tiles(tiles: Iterable[torch.Tensor], plan: TilePlan, pixels_per_cell: int) -> torch.Tensor:
-    """Adds up windowed `(batch, channels, rows, columns)` tiles in float32, one by one; undoes [`crop_tiles`]."""
+def blend_strips(tiles: Iterable[torch.Tensor], plan: TilePlan, pixels_per_cell: int) -> Iterator[torch.Tensor]:
+    """
+    Adds up windowed `(batch, channels, rows, columns)` tiles in float32, one by one, and yields the canvas from top to
+    bottom: after each row of tiles, the rows that no later tile touches.
+    """
+    size, width = plan.tile_height // pixels_per_cell, plan.width // pixels_per_cell
+    columns = [Tile(0, left, plan.tile_height, plan.tile_width).slices(pixels_per_cell) for left in plan.lefts]
+    steps = [(bottom - top) // pixels_per_cell for top, bottom in itertools.pairwise([*plan.tops, plan.height])]
     tiles = iter(tiles)
     first = next(tiles)
-    size = (plan.height // pixels_per_cell, plan.width // pixels_per_cell)
-    canvas = torch.zeros(*first.shape[:2], *size, device=first.device, dtype=torch.float32)
-    for tile, values, window in zip(plan, itertools.chain([first], tiles), plan.windows(pixels_per_cell)):
-        canvas[tile.slices(pixels_per_cell)] += values.float() * window.to(first.device)
-    return canvas
+    values_and_windows = zip(itertools.chain([first], tiles), plan.windows(pixels_per_cell))
+    strip = torch.zeros(*first.shape[:2], size, width, device=first.device, dtype=torch.float32)
+    for step in steps:
+        for column, (values, window) in zip(columns, itertools.islice(values_and_windows, len(columns))):
+            strip[column] += values.float() * window.to(values.device)
+        yield strip[:, :, :step].clone()
+        strip = F.pad(strip[:, :, step:], (0, 0, 0, step))
+
+
+def blend_tiles(tiles: Iterable[torch.Tensor], plan: TilePlan, pixels_per_cell: int) -> torch.Tensor:
+    """The whole canvas of [`blend_strips`]; undoes [`crop_tiles`]."""
+    return torch.cat(list(blend_strips(tiles, plan, pixels_per_cell)), dim=2)
 
 
 # ---- Colour --------------------------------------------------------------------------------------------------------
@@ -418,6 +451,24 @@ def match_color(image: torch.Tensor, reference: torch.Tensor, method: str) -> to
     mean, std = image.mean((2, 3), keepdim=True), image.std((2, 3), keepdim=True)
     reference_mean, reference_std = reference.mean((2, 3), keepdim=True), reference.std((2, 3), keepdim=True)
     return (image - mean) / (std + 1e-5) * reference_std + reference_mean
+
+
+# ---- Flat tiles ----------------------------------------------------------------------------------------------------
+
+
+def tile_contrast(pixels: torch.Tensor) -> torch.Tensor:
+    """
+    Contrast of each `(batch, channels, height, width)` tile in [-1, 1]: the root mean square of what is finer than its
+    [`low_frequencies`], on a scale of 0 to 1, in the busiest square of `FLAT_TILE_SQUARE` px. Shape `(batch,)`.
+    """
+    power = (pixels - low_frequencies(pixels)).square().mean(1, keepdim=True) / 4
+    return F.avg_pool2d(power, FLAT_TILE_SQUARE, ceil_mode=True).amax((1, 2, 3)).sqrt()
+
+
+def feature_spread(features: torch.Tensor) -> torch.Tensor:
+    """Mean distance (1 - cosine) of `(batch, rows, columns, dim)` features from their mean. Shape `(batch,)`."""
+    features = features.float().flatten(1, 2)
+    return 1 - F.cosine_similarity(features, features.mean(1, keepdim=True), dim=-1).mean(1)
 
 
 # ---- DINO features to tokens ---------------------------------------------------------------------------------------
@@ -489,12 +540,16 @@ class DinoProjector(ModelMixin, ConfigMixin):
 
     def pool(self, patches: torch.Tensor) -> torch.Tensor:
         r"""Averages patch features `(batch, rows, columns, in_dim)` of a tile to the token grid, of the same form."""
-        rows, columns = (min(self.config.token_grid, length) for length in patches.shape[1:3])
-        return F.adaptive_avg_pool2d(patches.permute(0, 3, 1, 2), (rows, columns)).permute(0, 2, 3, 1)
+        return F.adaptive_avg_pool2d(patches.permute(0, 3, 1, 2), self.grid(patches.shape[1:3])).permute(0, 2, 3, 1)
+
+    def grid(self, tile_tokens: Sequence[int]) -> tuple[int, int]:
+        r"""Rows and columns of DINO tokens of a tile with these rows and columns of image tokens."""
+        rows, columns = (min(self.config.token_grid, length) for length in tile_tokens)
+        return rows, columns
 
     def position_ids(self, grid: tuple[int, int], tile_tokens: tuple[int, int]) -> torch.Tensor:
         r"""
-        Rotary positions `(rows * columns, 3)` of the tokens, in float32, to follow the text's in `txt_ids`.
+        Rotary positions `(rows * columns, 3)` of the tokens, in float32, to go before the text's in `txt_ids`.
 
         They are zeros, or `(0, row, column)` of the centre of the described place, in image tokens. `grid` and
         `tile_tokens` are the rows and columns of DINO tokens and of image tokens of a tile.
@@ -535,8 +590,6 @@ class PromptBranch(NamedTuple):
 
 def cudnn_attention_with_lse(query, key, value):
     """Output and log-sum-exp `(batch, heads, tokens)` of cuDNN's attention of `(batch, heads, tokens, head_dim)`."""
-    # cuDNN through the aten op gives wrong results on strided inputs.
-    query, key, value = (x.contiguous() for x in (query, key, value))
     out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
         query, key, value, None, compute_log_sumexp=True, dropout_p=0.0, is_causal=False, return_debug_mask=False
     )
@@ -584,7 +637,7 @@ def merge_attention(out_rest, lse_rest, out_dino, lse_dino, log_scale):
         log_scale (`torch.Tensor`): Bias that broadcasts to `lse_dino`.
     """
     weight = torch.sigmoid(lse_dino.float() + log_scale.float() - lse_rest.float()).unsqueeze(-1)
-    return torch.lerp(out_rest.float(), out_dino.float(), weight).to(out_rest.dtype)
+    return torch.lerp(out_rest, out_dino, weight.to(out_rest.dtype))
 
 
 class FluxDinoAttnProcessor(FluxAttnProcessor):
@@ -599,15 +652,13 @@ class FluxDinoAttnProcessor(FluxAttnProcessor):
     Scaling the tokens instead would not do: LayerNorm and QK-norm remove their magnitude.
 
     Args:
-        dino_start (`int`, defaults to 0): Index of the first DINO key in the sequence `[text | DINO | image]`.
-        dino_end (`int`, defaults to 0): Index after the last DINO key.
+        num_dino_tokens (`int`, defaults to 0): Length of the first part of the sequence `[DINO | text | image]`.
         lse_attention (`Callable`, *optional*): From [`select_lse_attention`]; it has no gradient for the bias.
     """
 
-    def __init__(self, dino_start: int = 0, dino_end: int = 0, lse_attention: Any = None):
+    def __init__(self, num_dino_tokens: int = 0, lse_attention: Any = None):
         super().__init__()
-        self.dino_start = dino_start
-        self.dino_end = dino_end
+        self.num_dino_tokens = num_dino_tokens
         self.lse_attention = lse_attention
 
     def __call__(
@@ -623,7 +674,7 @@ class FluxDinoAttnProcessor(FluxAttnProcessor):
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
 
         query, key, value = self.project(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
-        out = self.attend(query, key, value, attention_mask[..., self.dino_start])
+        out = self.attend(query, key, value, attention_mask[..., 0])
         hidden_states = out.transpose(1, 2).flatten(2, 3)
         # A single block projects outside.
         if encoder_hidden_states is None:
@@ -649,12 +700,9 @@ class FluxDinoAttnProcessor(FluxAttnProcessor):
 
     def attend(self, query, key, value, log_scale):
         """Attention of `(batch, heads, tokens, head_dim)` tensors with `log_scale` added to the DINO logits."""
-        start, end = self.dino_start, self.dino_end
-        # One copy for both kernels, which need it contiguous.
-        query = query.contiguous()
-        rest_key, rest_value = (torch.cat([x[:, :, :start], x[:, :, end:]], dim=2) for x in (key, value))
-        out_rest, lse_rest = self.lse_attention(query, rest_key, rest_value)
-        out_dino, lse_dino = self.lse_attention(query, key[:, :, start:end], value[:, :, start:end])
+        num = self.num_dino_tokens
+        out_rest, lse_rest = self.lse_attention(query, key[:, :, num:], value[:, :, num:])
+        out_dino, lse_dino = self.lse_attention(query, key[:, :, :num], value[:, :, :num])
         return merge_attention(out_rest, lse_rest, out_dino, lse_dino, log_scale)
 
 
@@ -738,7 +786,6 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         )
         self.register_modules(dino_encoder=dino_encoder, dino_projector=dino_projector)
         self.default_prompt_embeds: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._keep_tile_size = False
         self._kept_tile_size: tuple[int, int] | None = None
 
     # ---- Loading and saving ----------------------------------------------------------------------------------------
@@ -858,17 +905,34 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         r"""
         Compiles the transformer's blocks and the VAE's encoder and decoder, as graphs without breaks.
 
-        A graph fits one tile size, so that from then on the planner keeps to the tile size of the first call that has
-        none given, and the last batch of tiles is filled up. DINO off, at strength 1 and at any other strength take
-        graphs of their own.
+        The transformer takes three graphs (its double blocks, the first single block and the others), and encoder and
+        decoder one each. They fit one tile size, so that from then on the planner keeps to the tile size of the first
+        call that has none given, and the last batch of tiles is filled up. With a projector they serve every DINO
+        strength: where DINO is off, its tokens stay in the sequence without weight.
 
         Args:
             kwargs: Passed to `torch.compile`, for example `mode`.
+
+        Raises:
+            `ValueError`: If group or sequential offloading is on, whose hooks `torch.compile` cannot trace.
         """
+        is_sequential = any(hasattr(module, "_hf_hook") for module in self.transformer.transformer_blocks.modules())
+        if is_sequential or _is_group_offload_enabled(self.transformer):
+            raise ValueError(
+                "`compile_for_upscaling` does not work with group or sequential offloading. Call it on a pipeline with"
+                " `enable_model_cpu_offload`, or without offloading."
+            )
         self.transformer.compile_repeated_blocks(fullgraph=True, **kwargs)
         for coder in (self.vae.encoder, self.vae.decoder):
             coder.compile(fullgraph=True, **kwargs)
-        self._keep_tile_size = True
+
+    @property
+    def is_compiled(self) -> bool:
+        r"""`bool`: Whether transformer or VAE have compiled modules, whose graphs fit one shape."""
+        return any(
+            is_compiled_module(model) or any(module._compiled_call_impl is not None for module in model.modules())
+            for model in (self.transformer, self.vae)
+        )
 
     @classmethod
     def load_config(cls, *args, **kwargs):
@@ -990,6 +1054,18 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             )
         if num_inference_steps is not None:
             check_integer("num_inference_steps", num_inference_steps, 1, "Pass the number of denoising steps.")
+
+    def check_flat_tile_inputs(self, skip_flat_tiles, image, latents) -> float:
+        r"""Checks what skipping flat tiles needs; returns the greatest contrast of a flat tile, 0 for none."""
+        if isinstance(skip_flat_tiles, bool):
+            skip_flat_tiles = FLAT_TILE_CONTRAST if skip_flat_tiles else 0.0
+        check_number("skip_flat_tiles", skip_flat_tiles, 0, 1, "It is a contrast; pass True for 0.01.")
+        if skip_flat_tiles and (latents is not None or self.is_latent_image(image)):
+            raise ValueError(
+                f"`skip_flat_tiles` ({skip_flat_tiles:g}) needs the pixels of `image`, but latents are given. Pass"
+                " False, or pixels and no `latents`."
+            )
+        return skip_flat_tiles
 
     def check_result_inputs(self, image, color_fix, output_type, callback_on_step_end, tensor_inputs):
         r"""Checks what the result and the callback need; raises a `ValueError`."""
@@ -1125,21 +1201,24 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
                 "`joint_attention_kwargs` has an `attention_mask`, which carries the DINO strength. Leave it out, or"
                 " pass `dino_conditioning_scale` 0 or 1."
             )
+        obstacle = self.find_obstacle_to_strength()
+        if obstacle is not None:
+            raise ValueError(f"`dino_conditioning_scale` {scale} does not work with {obstacle}")
+
+    def find_obstacle_to_strength(self) -> str | None:
+        r"""What keeps an attention processor from weighing the DINO keys, with a remedy, or `None`."""
         for processor in self.transformer.attn_processors.values():
             backend = attention_backend_of(processor)
             lse_attention = select_lse_attention(backend, self._execution_device, self.transformer.dtype)
             has_lse = type(processor) is FluxAttnProcessor and lse_attention is not None
             if backend not in MASK_BACKENDS and not has_lse:
-                raise ValueError(
-                    f"`dino_conditioning_scale` {scale} does not work with the attention backend {backend.value!r} of"
-                    f" {type(processor).__name__}, which takes no mask. Pass 0 or 1, or choose a backend with"
-                    ' `pipe.transformer.set_attention_backend("native")`.'
+                return (
+                    f"the attention backend {backend.value!r} of {type(processor).__name__}, which takes no mask. Pass"
+                    ' 0 or 1, or choose a backend with `pipe.transformer.set_attention_backend("native")`.'
                 )
             if getattr(processor, "_parallel_config", None) is not None:
-                raise ValueError(
-                    f"`dino_conditioning_scale` {scale} does not work with context parallelism, which splits the"
-                    " sequence. Pass 0 or 1."
-                )
+                return "context parallelism, which splits the sequence. Pass 0 or 1."
+        return None
 
     def get_num_prompts(self, prompt, prompt_embeds, num_images: int) -> int:
         r"""The number of prompts once a single prompt is repeated for several images."""
@@ -1204,7 +1283,8 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         images = self.check_image(image)
         if isinstance(images[0], PIL.Image.Image):
             images = [self.image_processor.resize(item.convert("RGB"), height, width) for item in images]
-            pixels = self.image_processor.numpy_to_pt(self.image_processor.pil_to_numpy(images))
+            # PyTorch divides on all cores, NumPy on one.
+            pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().div_(255)
         else:
             if isinstance(images[0], np.ndarray):
                 pixels = self.image_processor.numpy_to_pt(np.stack(images))
@@ -1213,8 +1293,11 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             pixels = pixels.float().expand(-1, 3, -1, -1)
             if pixels.shape[2:] != (height, width):
                 pixels = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
+        pixels = pixels.float().cpu()
         padding = (0, -width % self.pixels_per_token, 0, -height % self.pixels_per_token)
-        return self.image_processor.normalize(F.pad(pixels.float().cpu(), padding, mode="replicate"))
+        if any(padding):
+            pixels = F.pad(pixels, padding, mode="replicate")
+        return self.image_processor.normalize(pixels)
 
     def encode_tiles(self, image: torch.Tensor, plan: TilePlan, generator) -> torch.Tensor:
         r"""
@@ -1241,18 +1324,45 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
     def encode_tile(self, pixels: torch.Tensor) -> torch.Tensor:
         r"""Mean and log-variance, stacked as channels, of a tile's posterior, or its latents if the VAE has none."""
         # Contiguous, because a compiled encoder is compiled for given strides.
-        encoded = self.vae.encode(pixels.contiguous().to(device=self._execution_device, dtype=self.vae.dtype))
+        encoded = self.vae.encode(pixels.to(self._execution_device).to(self.vae.dtype).contiguous())
         return encoded.latent_dist.parameters if hasattr(encoded, "latent_dist") else encoded.latents
 
-    def decode_tiles(self, latents: torch.Tensor, plan: TilePlan) -> torch.Tensor:
+    def decode_strips(self, latents: torch.Tensor, plan: TilePlan) -> Iterator[torch.Tensor]:
         r"""
-        Decodes `(batch, latent channels, rows, columns)` latents tile by tile and blends the pixels on the CPU, to the
-        padded image `(batch, 3, height, width)`, about in [-1, 1], in float32.
+        Decodes `(batch, latent channels, rows, columns)` latents tile by tile and yields the padded image from top to
+        bottom, in strips `(batch, 3, rows, width)`, about in [-1, 1], in float32. Only one row of tiles is held.
         """
         latents = latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
         # Contiguous, because a compiled decoder is compiled for given strides.
         tiles = (latents[tile.slices(self.vae_scale_factor)].contiguous().to(self.vae.dtype) for tile in plan)
-        return blend_tiles((self.vae.decode(tile, return_dict=False)[0].float().cpu() for tile in tiles), plan, 1)
+        return blend_strips((self.vae.decode(tile, return_dict=False)[0] for tile in tiles), plan, 1)
+
+    def decode_image(
+        self,
+        latents: torch.Tensor,
+        plan: TilePlan,
+        height: int,
+        width: int,
+        output_type: str,
+        fix_color: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
+        r"""
+        Decodes latents to the output of `height` and `width` in pixels, put together in main memory: "pil" from bytes,
+        "np" and "pt" from floats in [0, 1]. `fix_color` gets and returns the whole padded image, on the CPU.
+        """
+        strips: Iterable[torch.Tensor] = self.decode_strips(latents, plan)
+        if fix_color is not None:
+            strips = [fix_color(torch.cat([strip.cpu() for strip in strips], dim=2))]
+        parts = []
+        for strip in strips:
+            strip = self.image_processor.postprocess(strip[..., :width], output_type="pt").permute(0, 2, 3, 1)
+            if output_type == "pil":
+                strip = (strip * 255).round().to(torch.uint8)
+            parts.append(strip.contiguous().cpu())
+        pixels = torch.cat(parts, dim=1)[:, :height]
+        if output_type == "pt":
+            return pixels.permute(0, 3, 1, 2).contiguous()
+        return [PIL.Image.fromarray(image) for image in pixels.numpy()] if output_type == "pil" else pixels.numpy()
 
     def add_noise(self, image_latents: torch.Tensor, timestep: torch.Tensor, generator) -> torch.Tensor:
         r"""Image latents `(batch, latent channels, rows, columns)` noised to a timestep, from one noise canvas."""
@@ -1390,8 +1500,26 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         tile_tokens = (plan.tile_height // self.pixels_per_token, plan.tile_width // self.pixels_per_token)
         tokens = self.dino_projector(features.flatten(2, 3).to(device=device, dtype=dtype))
         ids = self.dino_projector.position_ids(tuple(features.shape[2:4]), tile_tokens)
-        log_scale = None if scale == 1 else torch.full((1, 1), math.log(scale), device=device)
+        log_scale = None if scale == 1 else torch.full((1, 1), scale, device=device).log()
         return DinoTokens(tokens, ids.to(device), log_scale)
+
+    def keep_dino_tokens(
+        self, dino: DinoTokens | None, plan: TilePlan, batch_size: int
+    ) -> tuple[DinoTokens, DinoTokens]:
+        r"""
+        The DINO tokens, and the same without weight in attention, for a compiled transformer: with a bias at every
+        strength, also 1 and 0, so that all take the same graph. Without tokens (strength 0) both are a placeholder.
+        """
+        if dino is None:
+            grid = self.dino_projector.grid(
+                (plan.tile_height // self.pixels_per_token, plan.tile_width // self.pixels_per_token)
+            )
+            features = torch.zeros(len(plan), batch_size, *grid, self.dino_projector.config.in_dim)
+            dino = self.prepare_dino_tokens(features, plan, 0.0)
+        silence = torch.full((1, 1), -torch.inf, device=dino.tokens.device)
+        if dino.log_scale is None:
+            dino = dino._replace(log_scale=torch.zeros_like(silence))
+        return dino, dino._replace(log_scale=silence)
 
     def warn_outside_training(self, sigma: float) -> None:
         r"""Warns if the projector was not trained for the noise level of the first step that it takes part in."""
@@ -1411,7 +1539,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         return values.repeat_interleave(batch_size // num_prompts, dim=0)
 
     @contextmanager
-    def dino_attention(self, dino: DinoTokens | None, num_text_tokens: int) -> Iterator[None]:
+    def dino_attention(self, dino: DinoTokens | None) -> Iterator[None]:
         r"""Lets stock attention processors weigh the DINO keys while the context lasts, then puts them back."""
         if dino is None or dino.log_scale is None:
             yield
@@ -1424,8 +1552,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
                 lse_attention = select_lse_attention(
                     attention_backend_of(processor), self._execution_device, self.transformer.dtype
                 )
-                dino_end = num_text_tokens + dino.tokens.shape[2]
-                replaced[name] = FluxDinoAttnProcessor(num_text_tokens, dino_end, lse_attention)
+                replaced[name] = FluxDinoAttnProcessor(dino.tokens.shape[2], lse_attention)
                 replaced[name]._attention_backend = processor._attention_backend
         self.transformer.set_attn_processor(replaced)
         try:
@@ -1466,17 +1593,17 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         embeds = self.prepare_ip_adapter_image_embeds(image, embeds, self._execution_device, 1)
         return [self.expand_images(entry, num_prompts, batch_size) for entry in embeds]
 
-    def get_tile_batches(self, num_tiles: int, tile_batch_size: int) -> list[list[int]]:
+    def get_tile_batches(self, indices: list[int], tile_batch_size: int) -> list[list[int]]:
         r"""
-        Tile indices of each transformer call, equally many but for the last. For a compiled transformer the last
-        batch is filled up with its last tile, since another shape would compile it again.
+        Tile indices of each transformer call, equally many but for the last. For a compiled transformer every batch
+        is filled up to `tile_batch_size` with the last tile, since another shape would compile it again.
         """
-        num_batches = math.ceil(num_tiles / tile_batch_size)
-        size = math.ceil(num_tiles / num_batches)
-        batches = [list(range(start, min(start + size, num_tiles))) for start in range(0, num_tiles, size)]
-        modules = self.transformer.modules()
-        if is_compiled_module(self.transformer) or any(item._compiled_call_impl is not None for item in modules):
-            batches[-1] += [num_tiles - 1] * (size - len(batches[-1]))
+        size, is_compiled = tile_batch_size, self.is_compiled
+        if indices and not is_compiled:
+            size = math.ceil(len(indices) / math.ceil(len(indices) / tile_batch_size))
+        batches = [indices[start : start + size] for start in range(0, len(indices), size)]
+        if indices and is_compiled:
+            batches[-1] += indices[-1:] * (size - len(batches[-1]))
         return batches
 
     def predict_velocity(
@@ -1505,13 +1632,13 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
                 embeds.repeat(repeats, *[1] * (embeds.ndim - 1)) for embeds in branch.ip_adapter_embeds
             ]
         if dino is not None:
-            num_text_tokens = encoder_hidden_states.shape[1]
-            encoder_hidden_states = torch.cat([encoder_hidden_states, dino.tokens.flatten(0, 1).to(dtype)], dim=1)
-            text_ids = torch.cat([text_ids, dino.ids])
+            # Before the text, so that both groups of keys are views for the attention: it knows no order of tokens.
+            encoder_hidden_states = torch.cat([dino.tokens.flatten(0, 1).to(dtype), encoder_hidden_states], dim=1)
+            text_ids = torch.cat([dino.ids, text_ids])
             if dino.log_scale is not None:
                 num_tokens = encoder_hidden_states.shape[1] + rows * columns // 4
                 bias = torch.zeros(len(dino.log_scale), 1, 1, num_tokens, device=latents.device, dtype=dtype)
-                bias[..., num_text_tokens : encoder_hidden_states.shape[1]] = dino.log_scale[:, None, None]
+                bias[..., : len(dino.ids)] = dino.log_scale[:, None, None]
                 joint_attention_kwargs["attention_mask"] = bias
         velocity = self.transformer(
             hidden_states=self.pack_canvas(latents.to(dtype)),
@@ -1528,20 +1655,49 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
 
     def predict_tile_velocities(
         self, tiles, timestep, branches, guidance, dino, tile_batches, true_cfg_scale, progress_bar
-    ):
-        r"""Velocities `(num_tiles, batch, latent channels, rows, columns)` of all tiles, batch by batch."""
-        velocities = torch.empty_like(tiles)
-        batch_size = tiles.shape[1]
+    ) -> Iterator[torch.Tensor]:
+        r"""Yields the velocity of each tile of `tile_batches`, of the shape `(batch, ...)` that `tiles` have."""
         for indices in tile_batches:
-            latents = tiles[indices].flatten(0, 1)
+            latents = torch.cat([tiles[index] for index in indices])
             batch_dino = None if dino is None else dino._replace(tokens=dino.tokens[indices])
             velocity = self.predict_velocity(latents, timestep, branches[0], guidance, batch_dino)
             if len(branches) > 1:
                 negative = self.predict_velocity(latents, timestep, branches[1], guidance, batch_dino)
                 velocity = negative + true_cfg_scale * (velocity - negative)
-            velocities[indices] = velocity.unflatten(0, (len(indices), batch_size))
             progress_bar.update()
-        return velocities
+            yield from velocity.chunk(len(indices))
+
+    def predict_state_velocity(self, state, timestep, plan, flat_latents, *arguments) -> torch.Tensor:
+        r"""
+        The velocity of the state: a canvas `(batch, latent channels, rows, columns)`, or the stack of its tiles.
+
+        A tile in `flat_latents`, which maps its index to its clean latents, moves straight to them: on the line
+        `x = (1 - sigma) * clean + sigma * noise` the velocity is `noise - clean = (x - clean) / sigma`. The other
+        tiles' velocities come from [`~FluxDinoTilePipeline.predict_tile_velocities`], which gets the `arguments`.
+        """
+        is_canvas = state.ndim == 4
+        tiles = [state[tile.slices(self.vae_scale_factor)] for tile in plan] if is_canvas else state.unbind()
+        predicted = self.predict_tile_velocities(tiles, timestep, *arguments)
+        sigma = timestep / self.scheduler.config.num_train_timesteps
+        velocities = (
+            (tile - flat_latents[index]) / sigma if index in flat_latents else next(predicted)
+            for index, tile in enumerate(tiles)
+        )
+        return blend_tiles(velocities, plan, self.vae_scale_factor) if is_canvas else torch.stack(list(velocities))
+
+    def find_flat_tiles(
+        self, image: torch.Tensor, plan: TilePlan, features: torch.Tensor | None, max_contrast: float
+    ) -> list[int]:
+        r"""
+        Indices of the tiles with nothing to redraw: [`tile_contrast`] of at most `max_contrast` in every image of the
+        batch `(batch, 3, height, width)` and, if DINO looked, [`feature_spread`] of at most `FLAT_TILE_DINO_SPREAD`.
+        """
+        device = self._execution_device
+        flat = [float(tile_contrast(image[tile.slices()].to(device)).max()) <= max_contrast for tile in plan]
+        if features is not None:
+            spreads = [float(feature_spread(tile_features).max()) for tile_features in features]
+            flat = [is_flat and spread <= FLAT_TILE_DINO_SPREAD for is_flat, spread in zip(flat, spreads)]
+        return [index for index, is_flat in enumerate(flat) if is_flat]
 
     def run_callback(self, callback, index, timestep, tensor_inputs, canvas, branch, plan):
         r"""Calls `callback_on_step_end` with the packed canvas; returns the canvas and the branch that it leaves."""
@@ -1585,7 +1741,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         joint_attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: Callable[[Any, int, torch.Tensor, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
-        max_sequence_length: int = 512,
+        max_sequence_length: int | None = None,
         upscale_factor: float | None = None,
         start_sigma: float | None = None,
         tile_size: int | tuple[int, int] | None = None,
@@ -1597,6 +1753,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         dino_guidance_end: float = 1.0,
         dino_embeds: torch.Tensor | None = None,
         color_fix: str | None = None,
+        skip_flat_tiles: bool | float = False,
     ) -> FluxPipelineOutput | tuple:
         r"""
         Enlarges an image. Arguments up to `max_sequence_length` are the parent's, in its order.
@@ -1668,8 +1825,9 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
                 `latents`, the packed latents of the whole canvas, and may return changed ones.
             callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
                 Tensors for the callback: `latents`, `prompt_embeds`.
-            max_sequence_length (`int`, defaults to 512):
-                Text tokens of the T5 encoder, up to 512. Fewer make every step faster.
+            max_sequence_length (`int`, *optional*):
+                Text tokens of the T5 encoder, up to 512; a prompt is padded to as many. Defaults to what the model was
+                trained with: 256 without guidance embeddings (schnell), else 512 (dev). Fewer make every step faster.
             upscale_factor (`float`, *optional*):
                 Enlargement from 1 to 8. Defaults to 4 unless `height` and `width` are given.
             start_sigma (`float`, *optional*):
@@ -1695,6 +1853,10 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
                 Features from [`~FluxDinoTilePipeline.encode_dino`].
             color_fix (`str`, *optional*):
                 "wavelet" takes the low frequencies from the input, "adain" the mean and deviation of each channel.
+            skip_flat_tiles (`bool` or `float`, defaults to `False`):
+                Leaves flat tiles, such as clear sky, at the input's latents instead of denoising them. A tile is flat
+                if its [`tile_contrast`] is at most this number in (0, 1], 0.01 for `True`, and DINO, where it is on,
+                sees one thing in it. Neighbours blend into it by the same windows.
 
         Examples:
 
@@ -1731,12 +1893,15 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             "negative_ip_adapter_image": negative_ip_adapter_image,
             "negative_ip_adapter_image_embeds": negative_ip_adapter_image_embeds,
         }
+        if max_sequence_length is None:
+            max_sequence_length = 512 if self.transformer.config.guidance_embeds else 256
         self.check_schedule_inputs(strength, start_sigma, sigmas, num_inference_steps)
         if guidance_scale is not None:
             check_number("guidance_scale", guidance_scale, 0, 1000, "FLUX.1-dev takes about 3.5.")
         check_number("true_cfg_scale", true_cfg_scale, 0, 1000, "1 switches true CFG off.")
         check_integer("tile_batch_size", tile_batch_size, 1, "It is the number of tiles in one transformer call.")
         check_choice("tile_fusion", tile_fusion, ("step", "final"))
+        max_contrast = self.check_flat_tile_inputs(skip_flat_tiles, image, latents)
         self.check_result_inputs(
             image, color_fix, output_type, callback_on_step_end, callback_on_step_end_tensor_inputs
         )
@@ -1767,7 +1932,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         timesteps = self.get_tile_timesteps(num_inference_steps, sigmas, strength, start_sigma, plan)
         batch_size = num_prompts * num_images_per_prompt
         device = self._execution_device
-        if self._keep_tile_size and tile_size is None:
+        if self.is_compiled and tile_size is None:
             self._kept_tile_size = (plan.tile_height, plan.tile_width)
         self._guidance_scale = guidance_scale
         self._joint_attention_kwargs = joint_attention_kwargs or {}
@@ -1794,18 +1959,26 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             for i in range(num_steps)
             if dino_guidance_start <= i / num_steps and (i + 1) / num_steps <= dino_guidance_end
         ]
-        dino = None
+        dino = dino_off = features = None
         if self.dino_projector is not None and dino_conditioning_scale > 0 and dino_steps:
             features = self.encode_dino_tiles(canvas_image, plan) if dino_embeds is None else dino_embeds
             features = self.expand_images(features.transpose(0, 1), num_prompts, batch_size).transpose(0, 1)
             self.warn_outside_training(float(timesteps[dino_steps[0]]) / self.scheduler.config.num_train_timesteps)
             dino = self.prepare_dino_tokens(features, plan, float(dino_conditioning_scale))
+        if self.is_compiled and self.dino_projector is not None and self.find_obstacle_to_strength() is None:
+            dino, dino_off = self.keep_dino_tokens(dino, plan, batch_size)
 
         # 5. Encode the image and add noise
+        cell = self.vae_scale_factor
+        flat_latents: dict[int, torch.Tensor] = {}
         if latents is None:
             image_latents = canvas_image if is_latent_image else self.encode_tiles(canvas_image, plan, generator)
             image_latents = self.expand_images(image_latents, num_prompts, batch_size)
-            latents = self.add_noise(image_latents.to(device=device, dtype=torch.float32), timesteps[:1], generator)
+            image_latents = image_latents.to(device=device, dtype=torch.float32)
+            if max_contrast > 0:
+                flat_tiles = self.find_flat_tiles(canvas_image, plan, features, max_contrast)
+                flat_latents = {index: image_latents[plan[index].slices(cell)] for index in flat_tiles}
+            latents = self.add_noise(image_latents, timesteps[:1], generator)
         else:
             latents = self.unpack_canvas(latents.to(device=device, dtype=torch.float32), plan.height, plan.width)
 
@@ -1814,23 +1987,20 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         if self.transformer.config.guidance_embeds:
             guidance = torch.full([1], guidance_scale, device=device, dtype=torch.float32)
         is_fused = tile_fusion == "step"
-        cell = self.vae_scale_factor
         state = latents if is_fused else crop_tiles(latents, plan, cell)
-        tile_batches = self.get_tile_batches(len(plan), tile_batch_size)
+        moving_tiles = [index for index in range(len(plan)) if index not in flat_latents]
+        tile_batches = self.get_tile_batches(moving_tiles, tile_batch_size)
         with (
-            self.dino_attention(dino, branches[0].prompt_embeds.shape[1]),
+            self.dino_attention(dino),
             self.progress_bar(total=num_steps * len(tile_batches)) as progress_bar,
         ):
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     break
-                step_dino = dino if i in dino_steps else None
-                tiles = crop_tiles(state, plan, cell) if is_fused else state
-                velocity = self.predict_tile_velocities(
-                    tiles, t, branches, guidance, step_dino, tile_batches, true_cfg_scale, progress_bar
+                conditions = (branches, guidance, dino if i in dino_steps else dino_off)
+                velocity = self.predict_state_velocity(
+                    state, t, plan, flat_latents, *conditions, tile_batches, true_cfg_scale, progress_bar
                 )
-                if is_fused:
-                    velocity = blend_tiles(velocity, plan, cell)
                 state = self.scheduler.step(velocity, t, state, return_dict=False)[0]
 
                 if callback_on_step_end is not None:
@@ -1843,13 +2013,15 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         canvas = state if is_fused else blend_tiles(state, plan, cell)
 
         # 7. Decode
+        images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
         if output_type == "latent":
             images = self.pack_canvas(canvas)
         else:
-            decoded = self.decode_tiles(canvas, plan)
+            fix_color = None
             if color_fix is not None:
-                decoded = match_color(decoded, self.expand_images(canvas_image, num_prompts, batch_size), color_fix)
-            images = self.image_processor.postprocess(decoded[:, :, :height, :width], output_type=output_type)
+                reference = self.expand_images(canvas_image, num_prompts, batch_size)
+                fix_color = partial(match_color, reference=reference, method=color_fix)
+            images = self.decode_image(canvas, plan, height, width, output_type, fix_color)
 
         # Offload all models
         self.maybe_free_model_hooks()

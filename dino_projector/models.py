@@ -37,21 +37,18 @@ ENCODER_FOLDER = "dino_encoder"
 FACTS_NAME = "training.json"
 
 
-def quantization_config(kind: str) -> Any:
-    """The transformer's, for "fp8" (torchao, weights only) or "nf4" (bitsandbytes)."""
-    if kind == "nf4":
-        return diffusers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-        )
-    from torchao.quantization import Float8WeightOnlyConfig
-
-    return diffusers.TorchAoConfig(Float8WeightOnlyConfig())
-
-
-def load_transformer(name: str, quantization: str, dtype: torch.dtype, **options) -> FluxTransformer2DModel:
-    if quantization != "none":
-        options["quantization_config"] = quantization_config(quantization)
+def load_transformer(name: str, dtype: torch.dtype, quantization_config: Any, **options) -> FluxTransformer2DModel:
+    if quantization_config is not None:
+        options["quantization_config"] = quantization_config
     return FluxTransformer2DModel.from_pretrained(name, subfolder="transformer", torch_dtype=dtype, **options)
+
+
+def default_text_tokens(args) -> int:
+    """As many T5 tokens as the pipeline takes by default: 256 for FLUX.1-schnell, 512 for dev."""
+    config = FluxTransformer2DModel.load_config(
+        args.pretrained_model_name_or_path, subfolder="transformer", revision=args.revision
+    )
+    return 512 if config["guidance_embeds"] else 256
 
 
 def load_text_pipeline(args, device: torch.device, dtype: torch.dtype) -> FluxDinoTilePipeline:
@@ -63,11 +60,11 @@ def load_text_pipeline(args, device: torch.device, dtype: torch.dtype) -> FluxDi
     return pipe.to(device)
 
 
-def load_pipeline(args, device: torch.device, dtype: torch.dtype) -> FluxDinoTilePipeline:
+def load_pipeline(args, device: torch.device, dtype: torch.dtype, quantization_config: Any) -> FluxDinoTilePipeline:
     """Everything but the text encoders: frozen models, and a new projector in float32."""
     source = {"revision": args.revision, "variant": args.variant}
     name = args.pretrained_model_name_or_path
-    transformer = load_transformer(name, args.quantization, dtype, **source)
+    transformer = load_transformer(name, dtype, quantization_config, **source)
     encoder = AutoModel.from_pretrained(args.dino_model, use_safetensors=True, trust_remote_code=False, dtype=dtype)
     torch.manual_seed(args.seed)
     projector = make_projector(args, encoder, transformer.config.joint_attention_dim)

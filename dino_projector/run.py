@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -47,6 +48,7 @@ from .data import (
 from .models import (
     PROJECTOR_FOLDER,
     ReduxTeacher,
+    default_text_tokens,
     distillation_loss,
     library_versions,
     load_pipeline,
@@ -243,11 +245,14 @@ def distill_redux(make_inputs: InputMaker, accelerator: Accelerator, batches: It
         bar.set_postfix(relative_error=f"{float(loss):.4f}")
 
 
-def start_run(args, accelerator: Accelerator) -> tuple[ProjectorTrainer, StatefulDataLoader]:
+def start_run(
+    args, accelerator: Accelerator, quantization_config: Any = None
+) -> tuple[ProjectorTrainer, StatefulDataLoader]:
     """Loads everything; at the place of the checkpoint that the arguments name, if there is one."""
     checkpoint = None
     if args.resume_from_checkpoint is not None:
         checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    args.max_sequence_length = args.max_sequence_length or default_text_tokens(args)
     state = None if checkpoint is None else load_checkpoint(checkpoint)
     if state is not None:
         check_readers(checkpoint, state, args, accelerator)
@@ -256,7 +261,7 @@ def start_run(args, accelerator: Accelerator) -> tuple[ProjectorTrainer, Statefu
     source = open_source(args, accelerator)
     check_shards(source, accelerator.num_processes, args.dataloader_num_workers)
     embed_captions, rms = load_text_embeddings(args, accelerator, source, dtype)
-    pipe = load_pipeline(args, accelerator.device, dtype)
+    pipe = load_pipeline(args, accelerator.device, dtype, quantization_config)
     make_inputs = make_input_maker(args, pipe, embed_captions)
     # For calls without a prompt, as in the validation.
     empty = make_inputs.branch([""])
@@ -382,10 +387,10 @@ def describe_run(trainer: ProjectorTrainer, source, num_examples: int, args) -> 
     )
 
 
-def train(args) -> bool:
+def train(args, quantization_config: Any = None) -> bool:
     """Trains, from the arguments of `scripts/train_projector.py`; whether it came to its end."""
     accelerator = make_accelerator(args)
-    trainer, loader = start_run(args, accelerator)
+    trainer, loader = start_run(args, accelerator, quantization_config)
     source = loader.dataset.source
     validator = None
     if accelerator.is_main_process:

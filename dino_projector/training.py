@@ -69,7 +69,7 @@ class ProjectorTrainer:
         with self.accelerator.autocast():
             dino = project_tokens(self.pipe, self.make_inputs.plan, inputs)
         # Around the backward pass too, which computes the blocks again.
-        with self.pipe.dino_attention(dino, inputs.branch.prompt_embeds.shape[1]):
+        with self.pipe.dino_attention(dino):
             loss = denoising_losses(self.pipe, inputs, dino).mean()
             (share * loss).backward()
         return loss.detach()

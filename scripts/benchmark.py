@@ -37,16 +37,36 @@ from diffusers.models.attention import AttentionModuleMixin
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
-from upscale import Parser, UsageError, check_device, default_device, number  # puts the root folder on the path
+from upscale import (  # puts the root folder on the path
+    Parser,
+    UsageError,
+    check_device,
+    default_device,
+    number,
+    quantization_config,
+)
 
-from pipeline_flux_dino_tile import DinoProjector, FluxDinoTilePipeline, PromptBranch, tile_starts, transformer_flops
+from pipeline_flux_dino_tile import (
+    PLANNED_STEPS,
+    DinoProjector,
+    FluxDinoTilePipeline,
+    PromptBranch,
+    tile_cost,
+    tile_starts,
+    transformer_flops,
+)
 
 
 class Preset(NamedTuple):
     """The models, FLUX.1's by default, and how the pipeline and the stock loop cut an image; lengths in px."""
 
     transformer: dict = {}
-    vae: dict = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 16}
+    vae: dict = {
+        "block_out_channels": [128, 256, 512, 512],
+        "layers_per_block": 2,
+        "latent_channels": 16,
+        "sample_size": 1024,
+    }
     dino: dict = {"image_size": 518}
     projector: dict = {}
     num_text_tokens: int = 512
@@ -56,6 +76,9 @@ class Preset(NamedTuple):
     tile_overlap: int = 64
     stock_tile_size: int = 1024
     stock_tile_overlap: int = 128
+    tile_sides: tuple[int, ...] = (768, 896, 1024, 1136)
+    # Text tokens, and the side of the grid of DINO tokens.
+    token_budgets: tuple[tuple[int, int], ...] = ((128, 16), (256, 16), (512, 0), (512, 16), (512, 32))
 
 
 PRESETS = {
@@ -63,7 +86,13 @@ PRESETS = {
     # 4 px a token, and at 256 px the very tiles that FLUX.1 has at 4096 px, divided by 16.
     "small": Preset(
         transformer={"num_layers": 2, "num_single_layers": 2, "num_attention_heads": 1, "joint_attention_dim": 64},
-        vae={"block_out_channels": [8, 16], "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 4},
+        vae={
+            "block_out_channels": [8, 16],
+            "layers_per_block": 1,
+            "latent_channels": 4,
+            "norm_num_groups": 4,
+            "sample_size": 64,
+        },
         dino={"image_size": 56, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
         projector={"in_dim": 32, "out_dim": 64, "hidden_dim": 64, "token_grid": 4},
         num_text_tokens=32,
@@ -73,32 +102,53 @@ PRESETS = {
         tile_overlap=4,
         stock_tile_size=64,
         stock_tile_overlap=8,
+        tile_sides=(32, 64),
+        token_budgets=((16, 4), (32, 0), (32, 4)),
     ),
 }
-VARIANTS = ("eager", "cudnn", "compiled", "compiled-cudnn")
+VARIANTS = ("eager", "cudnn", "compiled", "compiled-cudnn", "fp8")
+# By phase the component, or "" for the pipeline itself, and its method.
 PHASE_METHODS = {
-    "DINO": "encode_dino_tiles",
-    "VAE encode": "encode_tiles",
-    "denoise": "predict_tile_velocities",
-    "VAE decode": "decode_tiles",
+    "DINO": ("", "encode_dino_tiles"),
+    "VAE encode": ("vae", "encode"),
+    "denoise": ("", "predict_state_velocity"),
+    "VAE decode": ("vae", "decode"),
 }
 # The heading and number format of every column, in the tables' order; without a format floats get three digits.
 COLUMNS = {
     "name": ("run", ""),
+    "recipe": ("recipe", ""),
+    "size": ("output px", ""),
+    "limit_gib": ("allowed GiB", ".0f"),
+    "tile_batch_size": ("tiles at once", ""),
     "phase": ("phase", ""),
     "variant": ("variant", ""),
     "dino_strength": ("DINO", ""),
     "num_tokens": ("tokens", ""),
+    "num_text_tokens": ("of text", ""),
+    "num_dino_tokens": ("of DINO", ""),
     "num_tiles": ("tiles", ""),
     "seconds": ("s", ".3f"),
     "ms": ("ms", ""),
     "stock_to_run": ("stock loop / run", ""),
     "peak_gib": ("peak GiB", ""),
+    "reserved_gib": ("reserved GiB", ""),
+    "host_gib": ("main memory GiB", ".1f"),
     "share": ("share", ".1%"),
     "tflop": ("TFLOP", ""),
     "tflops": ("TFLOP/s", ""),
     "share_of_ceiling": ("of ceiling", ".1%"),
-    "first_run_extra_s": ("first run, extra s", ""),
+    "seconds_per_mp": ("s per MP", ".3f"),
+    "encode_seconds": ("encode s", ".3f"),
+    "decode_seconds": ("decode s", ".3f"),
+    "tiling_to_run": ("diffusers / run", ".2f"),
+    "tile_side": ("tile px", ""),
+    "step_ms": ("step ms", ".1f"),
+    "vae_ms": ("VAE ms", ".1f"),
+    "us_per_token": ("4 steps + VAE, us per token", ".1f"),
+    "model_to_measured": ("planner's model / measured", ".3f"),
+    "step_to_no_dino": ("step / without DINO", ".3f"),
+    "warm_up_seconds": ("first tile, s", ""),
     "first_call_extra_s": ("first call, extra s", ""),
     "given_strength_to_full": ("strength {dino_strength:g} / 1", ".3f"),
     "full_strength_to_none": ("strength 1 / none", ".3f"),
@@ -111,8 +161,8 @@ HEAD = """# Benchmark of flux-dino-tile
 the ceiling below
 - {input_size} -> {size} px, {steps} steps, DINO strength {dino_strength:g}; {tiles} tiles of {tile_size} px, \
 stock loop (eager, no DINO) {stock_tiles} of {stock_tile_size} px with {stock_tile_overlap} px overlap
-- medians after a warm-up: {image_repeats} of an image, {step_repeats} of a step; \
-a first call's extra time is compilation, where there is any"""
+- medians after a warm-up of one tile: {image_repeats} of an image, {step_repeats} of a step; \
+the first tile and a first call take the time of compilation, where there is any"""
 
 
 def build_parser() -> Parser:
@@ -129,6 +179,8 @@ def build_parser() -> Parser:
     add("--dino-strength", metavar="FACTOR", type=number(float, 0, 100), default=0.6, help="0 to 100 (default: 0.6)")
     variants_help = f"of {', '.join(VARIANTS)}, with commas (default: the first three on CUDA, else eager)"
     add("--variants", metavar="LIST", help=variants_help)
+    second_help = "side of a second, larger output, for the first compiled variant, or the last (default: none)"
+    add("--second-size", metavar="PX", type=number(int, 64), help=second_help)
     add("--repeats", metavar="N", type=number(int, 1), help="timed runs (default: 1 of an image, 5 of a step)")
     add("--json", metavar="FILE", type=Path, help="write the results here, after every measurement")
     add("--markdown", metavar="FILE", type=Path, help="write the tables here")
@@ -138,8 +190,9 @@ def build_parser() -> Parser:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     args = build_parser().parse_args(argv)
     args.size = args.size or PRESETS[args.preset].size
-    if args.size % 16:
-        raise UsageError(f"argument --size: must be a multiple of 16 px, not {args.size}")
+    for option, size in (("--size", args.size), ("--second-size", args.second_size)):
+        if size is not None and size % 16:
+            raise UsageError(f"argument {option}: must be a multiple of 16 px, not {size}")
     args.input_size = args.input_size or args.size // 4
     args.device = args.device or default_device(torch)
     check_device(torch, args.device)
@@ -161,7 +214,7 @@ def parse_variants(text: str | None, device: torch.device) -> list[str]:
     for name in names:
         if name not in VARIANTS:
             raise UsageError(f"--variants: must be of {', '.join(VARIANTS)}, not {name!r}")
-        if "cudnn" in name and device.type != "cuda":
+        if ("cudnn" in name or name == "fp8") and device.type != "cuda":
             raise UsageError(f"--variants: {name} needs a CUDA device, not {device.type}")
     return names
 
@@ -195,12 +248,22 @@ def build_pipeline(kind: type[FluxImg2ImgPipeline], preset: Preset, device: torc
 
 
 def apply_variant(pipe: FluxDinoTilePipeline, variant: str) -> None:
-    if "cudnn" in variant:
+    if variant == "fp8":
+        from torchao.quantization import quantize_
+
+        config = quantization_config("fp8", pipe.transformer.dtype)
+        kept = config.modules_to_not_convert
+
+        def is_quantized(module, name: str) -> bool:
+            return isinstance(module, torch.nn.Linear) and not any(f"{part}." in f"{name}.weight" for part in kept)
+
+        quantize_(pipe.transformer, config.quant_type, filter_fn=is_quantized)
+    if "cudnn" in variant or variant == "fp8":
         # `transformer.set_attention_backend` would set it for the whole process.
         for module in pipe.transformer.modules():
             if isinstance(module, AttentionModuleMixin):
                 module.set_attention_backend("_native_cudnn")
-    if "compiled" in variant:
+    if "compiled" in variant or variant == "fp8":
         pipe.compile_for_upscaling()
 
 
@@ -236,8 +299,8 @@ def time_calls(call: Callable, repeats: int, device: torch.device) -> float:
     return median(start.elapsed_time(end) / 1e3 for start, end in pairwise(events))
 
 
-def time_methods(target: Any, methods: dict[str, str], device: torch.device) -> dict[str, float]:
-    """From now on adds the seconds spent in `target`'s methods to the dictionary that it returns."""
+def time_methods(pipe: Any, methods: dict[str, tuple[str, str]], device: torch.device) -> dict[str, float]:
+    """From now on adds the seconds spent in the methods to the dictionary that it returns."""
     seconds = dict.fromkeys(methods, 0.0)
 
     def call(phase: str, method: Callable, *args, **kwargs):
@@ -246,7 +309,8 @@ def time_methods(target: Any, methods: dict[str, str], device: torch.device) -> 
         seconds[phase] += synchronized_time(device) - start
         return result
 
-    for phase, name in methods.items():
+    for phase, (component, name) in methods.items():
+        target = getattr(pipe, component) if component else pipe
         setattr(target, name, partial(call, phase, getattr(target, name)))
     return seconds
 
@@ -265,7 +329,7 @@ def token_sides(plan) -> tuple[int, int]:
 
 def count_step(pipe, plan, dino_strength: float) -> tuple[int, float]:
     """Tokens (text, DINO and image) and operations of a transformer call for one tile."""
-    rows, columns = (min(pipe.dino_projector.config.token_grid, side) for side in token_sides(plan))
+    rows, columns = pipe.dino_projector.grid(token_sides(plan))
     num_dino_tokens = rows * columns if dino_strength > 0 else 0
     num_tokens = pipe.default_prompt_embeds[0].shape[1] + num_dino_tokens + plan.tokens_per_tile
     config = pipe.transformer.config
@@ -316,7 +380,7 @@ def measure_step(pipe, plan, dino_strength: float, repeats: int, ceiling: float)
     if dino_strength > 0:
         features = pipe.dino_projector.pool(torch.randn(1, rows, columns, pipe.dino_projector.config.in_dim))
         dino = pipe.prepare_dino_tokens(features[None], plan, dino_strength)
-    with pipe.dino_attention(dino, num_text_tokens):
+    with pipe.dino_attention(dino):
         step = partial(pipe.predict_velocity, latents, timestep, branch, None, dino)
         first = time_calls(step, 1, device)
         time_calls(step, 1, device)
@@ -332,10 +396,15 @@ def step_ratios(variant: str, steps: list[dict], dino_strength: float) -> dict:
     return {"variant": variant, **ratios}
 
 
-def measure_image(name: str, run: Callable, num_tiles: int, repeats: int, device: torch.device) -> tuple[dict, dict]:
-    """A whole image's record and seconds by phase, which `run` returns, for the median run after a warm-up."""
+def measure_image(
+    name: str, warm_up: Callable, run: Callable, num_tiles: int, repeats: int, device: torch.device
+) -> tuple[dict, dict]:
+    """A whole image's record and the seconds by phase that `run` returns, for the median run, after a warm-up."""
+    start = synchronized_time(device)
+    warm_up()
+    warm_up_seconds = synchronized_time(device) - start
     runs = []
-    for _ in range(repeats + 1):
+    for _ in range(repeats):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         start = synchronized_time(device)
@@ -343,9 +412,9 @@ def measure_image(name: str, run: Callable, num_tiles: int, repeats: int, device
         seconds = synchronized_time(device) - start
         peak_gib = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
         runs.append((seconds, peak_gib, phase_seconds))
-    seconds, peak_gib, phase_seconds = sorted(runs[1:], key=itemgetter(0))[(repeats - 1) // 2]
+    seconds, peak_gib, phase_seconds = sorted(runs, key=itemgetter(0))[(repeats - 1) // 2]
     record = {"name": name, "seconds": seconds, "num_tiles": num_tiles, "peak_gib": peak_gib}
-    return {**record, "first_run_extra_s": max(0.0, runs[0][0] - seconds), "phases": []}, phase_seconds
+    return {**record, "warm_up_seconds": warm_up_seconds, "phases": []}, phase_seconds
 
 
 def phase_records(total: float, phase_seconds: dict, phase_flops: dict, ceiling: float) -> list[dict]:
@@ -367,19 +436,31 @@ def random_picture(side: int) -> Image.Image:
     return Image.effect_noise((side, side), 64).convert("RGB")
 
 
-def measure_pipeline_image(pipe: FluxDinoTilePipeline, plan, preset: Preset, variant: str, args) -> tuple[dict, dict]:
+def measure_pipeline_image(
+    pipe: FluxDinoTilePipeline, name: str, size: int, seconds: dict[str, float], preset: Preset, args
+) -> tuple[dict, dict]:
+    """Enlarges to `size` px; `seconds` is what `time_methods` gave for this pipeline. One tile is the warm-up."""
     picture = random_picture(args.input_size)
-    canvas = {"height": args.size, "width": args.size, "num_inference_steps": args.steps, "start_sigma": 0.35}
-    tiles = {"tile_size": preset.tile_size, "tile_overlap": preset.tile_overlap}
-    seconds = time_methods(pipe, PHASE_METHODS, args.device)
+    tiles: dict[str, Any] = {"tile_size": preset.tile_size, "tile_overlap": preset.tile_overlap}
+    plan = pipe.plan_tiles(size, size, **tiles)
 
-    def run() -> dict[str, float]:
+    def run(height: int, width: int) -> dict[str, float]:
         seconds.update(dict.fromkeys(seconds, 0.0))
-        pipe(image=picture, dino_conditioning_scale=args.dino_strength, generator=seeded(), **canvas, **tiles)
+        pipe(
+            image=picture,
+            height=height,
+            width=width,
+            dino_conditioning_scale=args.dino_strength,
+            num_inference_steps=args.steps,
+            start_sigma=0.35,
+            generator=seeded(),
+            **tiles,
+        )
         return dict(seconds)
 
-    torch.compiler.reset()
-    return measure_image(variant, run, len(plan), args.image_repeats, args.device)
+    warm_up, whole = partial(run, plan.tile_height, plan.tile_width), partial(run, size, size)
+    record, phase_seconds = measure_image(name, warm_up, whole, len(plan), args.image_repeats, args.device)
+    return {**record, "seconds_per_mp": record["seconds"] / size**2 * 1e6}, phase_seconds
 
 
 def measure_stock_image(preset: Preset, args: argparse.Namespace) -> dict:
@@ -391,14 +472,82 @@ def measure_stock_image(preset: Preset, args: argparse.Namespace) -> dict:
     side = min(preset.stock_tile_size, args.size)
     options = {"height": side, "width": side, "strength": 1.0, "num_inference_steps": args.steps}
 
-    def run() -> dict[str, float]:
+    def run(places: list[tuple[int, int]]) -> dict[str, float]:
         canvas = picture.resize((args.size, args.size), Image.Resampling.LANCZOS)
         for top, left in places:
             tile = canvas.crop((left, top, left + side, top + side))
             canvas.paste(pipe(image=tile, generator=seeded(), **prompt, **options).images[0], (left, top))
         return {}
 
-    return measure_image("stock loop", run, len(places), args.image_repeats, args.device)[0]
+    warm_up, whole = partial(run, places[:1]), partial(run, places)
+    record = measure_image("stock loop", warm_up, whole, len(places), args.image_repeats, args.device)[0]
+    return {**record, "seconds_per_mp": record["seconds"] / args.size**2 * 1e6}
+
+
+@torch.no_grad()
+def measure_diffusers_tiling(pipe: FluxImg2ImgPipeline, args: argparse.Namespace) -> dict:
+    """What diffusers' own `vae.enable_tiling` takes for the whole image."""
+    pipe.vae.enable_tiling()
+    pixels = torch.rand(1, 3, args.size, args.size, device=args.device, dtype=args.dtype) * 2 - 1
+    latents = pipe.vae.encode(pixels).latent_dist.mean
+    seconds = {
+        f"{name}_seconds": time_calls(partial(getattr(pipe.vae, name), values), args.image_repeats, args.device)
+        for name, values in (("encode", pixels), ("decode", latents))
+    }
+    pipe.vae.disable_tiling()
+    return {"name": "diffusers' tiling, eager", **seconds}
+
+
+def vae_records(report: dict) -> list[dict]:
+    """Seconds in the VAE for a whole image, by run, and how many times as long diffusers' tiling takes."""
+    records = [report["diffusers_tiling"]]
+    for image in report["images"]:
+        phases = {phase["phase"]: phase["seconds"] for phase in image["phases"]}
+        seconds = {f"{name}_seconds": phases.get(f"VAE {name}") for name in ("encode", "decode")}
+        if image["side"] == report["settings"]["size"]:
+            records.append({"name": image["name"], **seconds})
+    totals = [record["encode_seconds"] + record["decode_seconds"] for record in records]
+    return [{**record, "tiling_to_run": totals[0] / total} for record, total in zip(records, totals)]
+
+
+@torch.no_grad()
+def measure_tile_sides(pipe: FluxDinoTilePipeline, preset: Preset, args: argparse.Namespace) -> list[dict]:
+    """Time of a step and of the VAE by the side of a tile, and how far the planner's cost model is from them."""
+    records = []
+    for side in preset.tile_sides:
+        plan = pipe.plan_tiles(side, side, side, 0)
+        step = measure_step(pipe, plan, 1.0, args.step_repeats, 1.0)
+        pixels = torch.rand(1, 3, side, side, device=args.device, dtype=args.dtype) * 2 - 1
+        latents = pipe.vae.encode(pixels).latent_dist.mean
+        vae_ms = sum(
+            1e3 * time_calls(partial(method, values), args.step_repeats, args.device)
+            for method, values in ((pipe.vae.encode, pixels), (pipe.vae.decode, latents))
+        )
+        total_ms = PLANNED_STEPS * step["ms"] + vae_ms
+        cost = tile_cost(plan.tokens_per_tile, step["num_tokens"] - plan.tokens_per_tile, pipe.transformer.inner_dim)
+        record = {"tile_side": side, "num_tokens": step["num_tokens"], "step_ms": step["ms"], "vae_ms": vae_ms}
+        records.append(
+            {**record, "us_per_token": 1e3 * total_ms / plan.tokens_per_tile, "cost_per_ms": cost / total_ms}
+        )
+    typical = median(record["cost_per_ms"] for record in records)
+    return [{**record, "model_to_measured": record.pop("cost_per_ms") / typical} for record in records]
+
+
+def measure_token_budgets(pipe, plan, preset: Preset, args: argparse.Namespace) -> list[dict]:
+    """Time of a step for one tile by the number of text and DINO tokens."""
+    embeds, pooled_embeds = pipe.default_prompt_embeds
+    token_grid = pipe.dino_projector.config.token_grid
+    records = []
+    for num_text_tokens, grid in preset.token_budgets:
+        pipe.default_prompt_embeds = (embeds[:, :num_text_tokens], pooled_embeds)
+        pipe.dino_projector.register_to_config(token_grid=grid)
+        step = measure_step(pipe, plan, 1.0 if grid else 0.0, args.step_repeats, 1.0)
+        counts = {"num_tokens": step["num_tokens"], "num_text_tokens": num_text_tokens, "num_dino_tokens": grid**2}
+        records.append({**counts, "step_ms": step["ms"]})
+    pipe.default_prompt_embeds = (embeds, pooled_embeds)
+    pipe.dino_projector.register_to_config(token_grid=token_grid)
+    without = next(record["step_ms"] for record in records if record["num_dino_tokens"] == 0)
+    return [{**record, "step_to_no_dino": record["step_ms"] / without} for record in records]
 
 
 def measure_variant(report: dict, preset: Preset, plan, phase_flops: dict, variant: str, args) -> None:
@@ -406,17 +555,33 @@ def measure_variant(report: dict, preset: Preset, plan, phase_flops: dict, varia
     ceiling = report["ceiling_tflops"]
     pipe = build_pipeline(FluxDinoTilePipeline, preset, args.device, args.dtype)
     apply_variant(pipe, variant)
-    image, phase_seconds = measure_pipeline_image(pipe, plan, preset, variant, args)
-    image["phases"] = phase_records(image["seconds"], phase_seconds, phase_flops, ceiling)
-    report["images"].append(image)
-    report["stock_to_variant"][variant] = report["stock"]["seconds"] / image["seconds"]
-    save_json(report, args.json)
+    torch.compiler.reset()
+    if variant == args.variants[0]:
+        report["diffusers_tiling"] = measure_diffusers_tiling(pipe, args)
+    seconds = time_methods(pipe, PHASE_METHODS, args.device)
+    sizes = [args.size]
+    compiled = [name for name in args.variants if "compiled" in name]
+    if args.second_size is not None and variant == [*compiled, args.variants[-1]][0]:
+        sizes.append(args.second_size)
+    for size in sizes:
+        name = variant if size == args.size else f"{variant}, {size} px"
+        image, phase_seconds = measure_pipeline_image(pipe, name, size, seconds, preset, args)
+        scale = image["num_tiles"] / len(plan)
+        flops = {phase: scale * value for phase, value in phase_flops.items()}
+        phases = phase_records(image["seconds"], phase_seconds, flops, ceiling)
+        report["images"].append({**image, "side": size, "phases": phases})
+        save_json(report, args.json)
+    report["stock_to_variant"][variant] = report["stock"]["seconds"] / report["images"][-len(sizes)]["seconds"]
     for dino_strength in dict.fromkeys((0.0, 1.0, args.dino_strength)):
         log(f"{variant}: one step, DINO strength {dino_strength:g}")
         step = measure_step(pipe, plan, dino_strength, args.step_repeats, ceiling)
         report["steps"].append({"variant": variant, **step})
         save_json(report, args.json)
     report["step_ratios"].append(step_ratios(variant, report["steps"], args.dino_strength))
+    if variant == args.variants[0]:
+        log(f"{variant}: tiles of several sides, and several numbers of tokens")
+        report["tile_sides"] = measure_tile_sides(pipe, preset, args)
+        report["token_budgets"] = measure_token_budgets(pipe, plan, preset, args)
     save_json(report, args.json)
 
 
@@ -501,7 +666,9 @@ def format_report(report: dict) -> str:
     ceiling = format_cell(report["ceiling_tflops"], "")
     versions = ", ".join(f"{name} {machine[name]}" for name in list(machine)[2:] if machine[name] is not None)
     stock_to_run = {"stock loop": 1.0, **report["stock_to_variant"]}
-    images = [{**image, "stock_to_run": stock_to_run[image["name"]]} for image in (report["stock"], *report["images"])]
+    images = [
+        {**image, "stock_to_run": stock_to_run.get(image["name"])} for image in (report["stock"], *report["images"])
+    ]
     steps = [{**step, "dino_strength": step["dino_strength"] or "none"} for step in report["steps"]]
     parts = [
         HEAD.format(**machine, **settings, versions=versions, ceiling=ceiling),
@@ -509,6 +676,9 @@ def format_report(report: dict) -> str:
         *(table(f"Phases of the whole image: {image['name']}", image["phases"]) for image in report["images"]),
         table("One transformer step for one tile", steps),
         table("Cost of DINO in a step", report["step_ratios"]),
+        table("VAE of the whole image", vae_records(report)),
+        table(f"Tiles of several sides: {settings['variants'][0]}", report["tile_sides"]),
+        table(f"A step by its tokens: {settings['variants'][0]}", report["token_budgets"]),
     ]
     return "\n\n".join(parts) + "\n"
 

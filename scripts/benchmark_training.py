@@ -105,7 +105,8 @@ def quantize(pipe: FluxDinoTilePipeline, quantization: str, device: torch.device
         pipe.transformer.save_pretrained(Path(folder) / "transformer")
         pipe.register_modules(transformer=None)
         gc.collect()
-        pipe.register_modules(transformer=load_transformer(folder, quantization, dtype))
+        config = train_projector.training_quantization(quantization, dtype)
+        pipe.register_modules(transformer=load_transformer(folder, dtype, config))
     pipe.to(device)
 
 
@@ -190,7 +191,7 @@ def run_benchmark(args: argparse.Namespace) -> dict:
         try:
             pipe = build_recipe(preset, RECIPES[name], args)
         # A recipe that this machine lacks memory or packages for must not take the others with it.
-        except (RuntimeError, ImportError) as error:
+        except (RuntimeError, UsageError) as error:
             failure = last_line(error)
         for resolution, batch_size in BATCHES[args.preset]:
             print(f"benchmark_training.py: {name}, {resolution} px", file=sys.stderr, flush=True)

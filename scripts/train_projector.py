@@ -19,8 +19,20 @@ import os
 import sys
 import warnings
 from functools import partial
+from typing import Any
 
-from upscale import Parser, UsageError, check_repository, hide_loading_bars, nonempty, number  # and the root's path
+from upscale import (  # puts the root folder on the path
+    UNQUANTIZED_LAYERS,
+    Parser,
+    UsageError,
+    check_repository,
+    hide_loading_bars,
+    nonempty,
+    number,
+    quantization_config,
+)
+
+from image_files import first_line
 
 
 MODEL_FILES = ("model_index.json",)
@@ -124,7 +136,12 @@ def build_parser() -> Parser:
         metavar=("MIN", "MAX"),
         help="enlargements to train for (default: 2 8)",
     )
-    add("--max_sequence_length", type=number(int, 1, 512), default=512, metavar="N", help="T5 tokens (default: 512)")
+    add(
+        "--max_sequence_length",
+        type=number(int, 1, 512),
+        metavar="N",
+        help="T5 tokens (default: 256 for FLUX.1-schnell, 512 for dev)",
+    )
     add("--cache_latents", action="store_true", help="cut a picture always at the same place and keep its latents")
     add("--precomputed_dir", metavar="DIR", help="for text embeddings and latents (default: OUTPUT_DIR/precomputed)")
     add("--dataloader_num_workers", type=number(int, 0), default=4, metavar="N", help="per process (default: 4)")
@@ -238,9 +255,6 @@ def fill_in_defaults(args: argparse.Namespace) -> None:
     args.mixed_precision = args.mixed_precision or ("no" if on_cpu else "bf16")
     if args.quantization == "nf4" and on_cpu:
         raise UsageError("--quantization nf4 needs a CUDA device")
-    if args.quantization != "none":
-        package = {"fp8": "torchao", "nf4": "bitsandbytes"}[args.quantization]
-        check_package(package, f"--quantization {args.quantization}")
     if args.report_to != "none":
         check_package(args.report_to, f"--report_to {args.report_to}")
     if args.train_shards is not None:
@@ -252,6 +266,23 @@ def fill_in_defaults(args: argparse.Namespace) -> None:
             f"--output_dir {args.output_dir}: holds {checkpoints[-1].name} of another run; pass"
             " --resume_from_checkpoint latest or another folder"
         )
+
+
+def training_quantization(kind: str, dtype) -> Any:
+    """How diffusers quantizes the transformer while it loads it; `dtype` is what it computes in."""
+    if kind == "none":
+        return None
+    if kind == "nf4":
+        return quantization_config(kind, dtype)
+    from diffusers import TorchAoConfig
+
+    try:
+        from torchao.quantization import Float8WeightOnlyConfig
+    except ImportError as error:
+        raise UsageError(f"--quantization fp8: {first_line(error)}; the extra `quant` brings it") from None
+    # The weights alone: the fast products of `upscale.py`, with activations in 8 bits, are for inference.
+    config = Float8WeightOnlyConfig(set_inductor_config=False)
+    return TorchAoConfig(config, modules_to_not_convert=[*UNQUANTIZED_LAYERS, "proj_out.weight"])
 
 
 def check_package(name: str, option: str) -> None:
@@ -271,6 +302,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parse_arguments(sys.argv[1:] if argv is None else argv)
         fill_in_defaults(args)
+        quantization = training_quantization(args.quantization, "bfloat16")
     except UsageError as error:
         say_error(str(error))
         return 2
@@ -282,7 +314,7 @@ def main(argv: list[str] | None = None) -> int:
     hide_loading_bars()
     warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata's, on newer PyTorch
     try:
-        train(args)
+        train(args, quantization)
     except (TrainingError, OSError, ValueError, RuntimeError) as error:
         say_error(last_line(error))
         return 1

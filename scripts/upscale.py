@@ -46,7 +46,6 @@ from image_files import (
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-TEXT_TOKENS = 512
 DINO_TOKENS = 256
 
 # The options that mean something to FLUX only; the ones in PICTURE_OPTIONS decide what the picture looks like.
@@ -61,15 +60,34 @@ FLUX_DEFAULTS = {
     "tile_size": None,
     "tile_overlap": 64,
     "tile_batch_size": 1,
+    "text_tokens": None,
+    "skip_flat_tiles": None,
     "seed": 0,
     "device": None,
     "dtype": None,
+    "quantize": None,
     "offload": "none",
+    "memory": None,
     "color_fix": None,
     "compile": False,
 }
-PICTURE_OPTIONS = [name for name in FLUX_DEFAULTS if name not in ("tile_batch_size", "device", "offload", "compile")]
-PLAN_OPTIONS = ("model", "tile_size", "tile_overlap")
+MACHINE_OPTIONS = ("tile_batch_size", "device", "offload", "memory", "compile")
+PICTURE_OPTIONS = [name for name in FLUX_DEFAULTS if name not in MACHINE_OPTIONS]
+PLAN_OPTIONS = ("model", "tile_size", "tile_overlap", "text_tokens")
+
+# `--memory`: the tiles that run at once under group offloading, by the GiB of the card (docs/performance.md).
+TILES_BY_MEMORY = {"24": 8, "16": 8, "12": 4, "8": 4}
+
+# Small layers, and those that steer the big ones, which `--quantize` leaves as they are.
+UNQUANTIZED_LAYERS = [
+    "x_embedder",
+    "context_embedder",
+    "time_text_embed",
+    "norm",
+    "norm1",
+    "norm1_context",
+    "norm_out",
+]
 
 # The files that the folder of a FLUX.1 pipeline must have: what `--plan` reads, and what every such pipeline has.
 PLAN_FILES = ("model_index.json", "transformer/config.json", "vae/config.json")
@@ -218,6 +236,22 @@ def build_parser() -> Parser:
         help="least overlap of two tiles in pixels of the output (default: 64)",
     )
     add("--tile-batch-size", metavar="N", type=number(int, 1), help="tiles that run at once (default: 1)")
+    add(
+        "--text-tokens",
+        metavar="N",
+        type=number(int, 1, 512),
+        help="tokens that a prompt is padded to, for example 128, 256 or 512; fewer are faster (default: 256 with "
+        "schnell, 512 with dev, as they were trained)",
+    )
+    add(
+        "--skip-flat-tiles",
+        metavar="CONTRAST",
+        nargs="?",
+        const=True,
+        type=number(float, 0, 1),
+        help="leave tiles as they are, such as clear sky, in which no detail has more contrast than this, 0 to 1 "
+        "(default: not; 0.01 if no number is given)",
+    )
 
     add = group("machine (with --use-flux)")
     add("--device", help="cuda, cuda:1, mps or cpu (default: the first of them that is there)")
@@ -231,6 +265,18 @@ def build_parser() -> Parser:
         choices=["none", "model", "group", "sequential"],
         help="keep the models in main memory and move to the device, when they are needed, whole models, blocks "
         "ahead of time, or layers one by one: from fast to small (default: none)",
+    )
+    add(
+        "--memory",
+        choices=list(TILES_BY_MEMORY),
+        help="fit into a GPU with so many GiB: --offload group, and a --tile-batch-size that suits it; needs main "
+        "memory for the models, 34 GiB for FLUX.1",
+    )
+    add(
+        "--quantize",
+        choices=["fp8", "nf4"],
+        help="store the transformer in 8 bits with torchao (GPUs since Ada and Hopper; with --compile also faster) or "
+        'in 4 bits with bitsandbytes; pip install "flux-dino-tile[quant]" brings both',
     )
     add(
         "--compile",
@@ -254,6 +300,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
             setattr(args, name, default)
     if args.color_fix == "none":
         args.color_fix = None
+    if args.memory is not None:
+        if "offload" in given:
+            raise UsageError(f"--memory {args.memory} sets --offload: give one of them")
+        args.offload = "group"
+        if "tile_batch_size" not in given:
+            args.tile_batch_size = TILES_BY_MEMORY[args.memory]
 
     if args.output and args.output_argument:
         raise UsageError("the output is given twice")
@@ -278,8 +330,9 @@ def check_flux_arguments(args: argparse.Namespace) -> None:
     """What can be known to be wrong before torch is imported."""
     if args.model is None:
         raise UsageError("--use-flux needs --model for now: no small checkpoint comes with this program yet")
-    if args.compile and args.offload in ("group", "sequential"):
-        raise UsageError(f"--compile does not work with --offload {args.offload}")
+    for option, value in (("--compile", args.compile), ("--quantize", args.quantize)):
+        if value and args.offload in ("group", "sequential"):
+            raise UsageError(f"{option} does not work with --offload {args.offload}")
     if args.projector is not None:
         check_repository("--projector", args.projector, "dino_projector/config.json", "config.json")
 
@@ -427,6 +480,8 @@ def enlarge_flux(pipe, args: argparse.Namespace, image: Image.Image, size: tuple
         tile_overlap=args.tile_overlap,
         tile_batch_size=args.tile_batch_size,
         dino_conditioning_scale=args.dino_strength or 0.0,
+        max_sequence_length=args.text_tokens,
+        skip_flat_tiles=args.skip_flat_tiles or False,
         color_fix=args.color_fix,
         # On the CPU, so that a seed means the same noise on every machine.
         generator=torch.Generator("cpu").manual_seed(args.seed),
@@ -454,6 +509,12 @@ def load_flux(args: argparse.Namespace):
 
     hide_loading_bars()
     options = {"dtype": getattr(torch, args.dtype), "use_safetensors": True}
+    if args.quantize is not None:
+        from diffusers import PipelineQuantizationConfig
+
+        options["quantization_config"] = PipelineQuantizationConfig(
+            quant_mapping={"transformer": quantization_config(args.quantize, options["dtype"])}
+        )
     pipe = load("--model", args.model, partial(FluxDinoTilePipeline.from_pretrained, **options))
     if args.projector is not None:
         load("--projector", args.projector, pipe.load_dino_projector)
@@ -471,6 +532,27 @@ def load_flux(args: argparse.Namespace):
     if args.compile:
         pipe.compile_for_upscaling()
     return pipe
+
+
+def quantization_config(kind: str, dtype):
+    """How diffusers quantizes a FLUX.1 transformer while it loads it; `dtype` is what it computes in."""
+    from diffusers import BitsAndBytesConfig, TorchAoConfig
+
+    try:
+        if kind == "nf4":
+            return BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_compute_dtype=dtype,
+                llm_int8_skip_modules=[*UNQUANTIZED_LAYERS, "proj_out"],
+            )
+        from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
+
+        # torchao would tune the compiler for the whole process, so that compiling takes many minutes.
+        config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
+        return TorchAoConfig(config, modules_to_not_convert=[*UNQUANTIZED_LAYERS, "proj_out.weight"])
+    except ImportError as error:
+        raise UsageError(f"--quantize {kind}: {first_line(error)}; the extra `quant` brings it") from None
 
 
 def hide_loading_bars() -> None:
@@ -550,6 +632,7 @@ def read_architecture(model: str | None) -> dict:
             "inner_dim": transformer["num_attention_heads"] * transformer["attention_head_dim"],
             "num_layers": transformer["num_layers"] + transformer["num_single_layers"],
             "pixels_per_token": 2 ** len(vae["block_out_channels"]),
+            "text_tokens": 512 if transformer["guidance_embeds"] else 256,
         }
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"--model {model}: not the folder of a FLUX.1 pipeline ({first_line(error)})") from error
@@ -560,10 +643,12 @@ def plan_file(job: Job, args: argparse.Namespace, architecture: dict, totals: di
 
     architecture = dict(architecture)
     num_layers = architecture.pop("num_layers", 57)
+    text_tokens = architecture.pop("text_tokens", 512)
+    text_tokens = args.text_tokens or text_tokens
     size = upright_size(job.source)
     width, height = target_size(size, args.scale)
     plan = plan_tiles(height, width, args.tile_size, args.tile_overlap, **architecture)
-    num_tokens = plan.tokens_per_tile + TEXT_TOKENS + DINO_TOKENS
+    num_tokens = plan.tokens_per_tile + text_tokens + DINO_TOKENS
     tflop = transformer_flops(num_tokens, architecture.get("inner_dim", 3072), num_layers) / 1e12
     overlaps = sorted(
         {
@@ -578,7 +663,7 @@ def plan_file(job: Job, args: argparse.Namespace, architecture: dict, totals: di
         f"{job.source}: {size[0]}x{size[1]} -> {width}x{height} px\n"
         f"  tiles: {len(plan)} ({len(plan.lefts)} across, {len(plan.tops)} down) of"
         f" {plan.tile_width}x{plan.tile_height} px{overlap}\n"
-        f"  tokens per tile: {plan.tokens_per_tile} image + {TEXT_TOKENS} text + {DINO_TOKENS} DINO\n"
+        f"  tokens per tile: {plan.tokens_per_tile} image + {text_tokens} text + {DINO_TOKENS} DINO\n"
         f"  TFLOP per step: {len(plan) * tflop:.4g} ({tflop:.4g} per tile)"
     )
     totals["tiles"] += len(plan)

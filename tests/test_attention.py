@@ -18,16 +18,16 @@ from pipeline_flux_dino_tile import (
 
 
 BATCH, HEADS, HEAD_DIM = 2, 3, 8
-TEXT, DINO, IMAGE = 5, 4, 12
-TOKENS = TEXT + DINO + IMAGE
+DINO, TEXT, IMAGE = 4, 5, 12
+TOKENS = DINO + TEXT + IMAGE
 DIM = HEADS * HEAD_DIM
 
 
-def log_bias(scale: float | torch.Tensor, start: int = TEXT, end: int = TEXT + DINO) -> torch.Tensor:
+def log_bias(scale: float | torch.Tensor) -> torch.Tensor:
     """The additive bias `(batch or 1, 1, 1, TOKENS)` that carries the strength."""
     scales = torch.as_tensor(scale, dtype=torch.float32).reshape(-1, 1, 1, 1)
     bias = torch.zeros(len(scales), 1, 1, TOKENS)
-    bias[..., start:end] = scales.log()
+    bias[..., :DINO] = scales.log()
     return bias
 
 
@@ -62,7 +62,7 @@ def inputs(kind: str, seed: int) -> dict:
     rotary = FluxPosEmbed(theta=10000, axes_dim=(2, 2, 4))(ids)
     if kind == "single":
         return {"hidden_states": states, "image_rotary_emb": rotary}
-    text, image = states.split([TEXT + DINO, IMAGE], dim=1)
+    text, image = states.split([DINO + TEXT, IMAGE], dim=1)
     return {"hidden_states": image, "encoder_hidden_states": text, "image_rotary_emb": rotary}
 
 
@@ -96,7 +96,7 @@ def expected_output(attn: FluxAttention, kind: str, arguments: dict, bias: torch
     out = softmax_attention(rotate(query), rotate(key), value, bias).transpose(1, 2).flatten(2)
     if kind == "single":
         return [out]
-    text, image = out.split([TEXT + DINO, IMAGE], dim=1)
+    text, image = out.split([DINO + TEXT, IMAGE], dim=1)
     return [
         image @ weights["to_out.0.weight"].T + weights["to_out.0.bias"],
         text @ weights["to_add_out.weight"].T + weights["to_add_out.bias"],
@@ -119,7 +119,7 @@ def test_blocks_equal_a_float64_softmax(kind, fused, path, scale):
         arguments = inputs(kind, seed)
         expected = expected_output(block(kind, seed), kind, arguments, log_bias(scale))
         lse_attention = cpu_attention_with_lse if path == "merge" else None
-        processor = FluxDinoAttnProcessor(TEXT, TEXT + DINO, lse_attention)
+        processor = FluxDinoAttnProcessor(DINO, lse_attention)
         for out, wanted in zip(run(block(kind, seed, fused), arguments, processor, log_bias(scale)), expected):
             torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-5)
 
@@ -129,7 +129,7 @@ def test_the_merge_takes_a_strength_for_each_sample(kind):
     """A sample of strength 0 is as if its DINO keys were not there."""
     arguments, bias = inputs(kind, 0), log_bias([0.4, 0.0])
     expected = expected_output(block(kind, 0), kind, arguments, bias)
-    processor = FluxDinoAttnProcessor(TEXT, TEXT + DINO, cpu_attention_with_lse)
+    processor = FluxDinoAttnProcessor(DINO, cpu_attention_with_lse)
     for out, wanted in zip(run(block(kind, 0), arguments, processor, bias), expected):
         torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-5)
 
@@ -138,7 +138,7 @@ def test_the_merge_takes_a_strength_for_each_sample(kind):
 def test_without_a_bias_it_is_the_stock_processor_bit_for_bit(kind):
     arguments = inputs(kind, 1)
     stock = run(block(kind, 1), arguments, FluxAttnProcessor(), None)
-    ours = run(block(kind, 1), arguments, FluxDinoAttnProcessor(TEXT, TEXT + DINO, cpu_attention_with_lse), None)
+    ours = run(block(kind, 1), arguments, FluxDinoAttnProcessor(DINO, cpu_attention_with_lse), None)
     assert all(torch.equal(a, b) for a, b in zip(stock, ours))
 
 
@@ -147,7 +147,7 @@ def test_without_a_bias_it_is_the_stock_processor_bit_for_bit(kind):
 def test_backends_that_take_a_mask_give_the_same(backend):
     arguments, bias = inputs("double", 2), log_bias(0.3)
     expected = expected_output(block("double", 2), "double", arguments, bias)
-    processor = FluxDinoAttnProcessor(TEXT, TEXT + DINO)
+    processor = FluxDinoAttnProcessor(DINO)
     processor._attention_backend = AttentionBackendName(backend)
     for out, wanted in zip(run(block("double", 2), arguments, processor, bias), expected):
         torch.testing.assert_close(out.double(), wanted, rtol=1e-4, atol=1e-4)
@@ -156,7 +156,7 @@ def test_backends_that_take_a_mask_give_the_same(backend):
 def test_training_takes_the_bias_because_the_merge_has_no_gradient():
     """The gradient for the DINO tokens equals that of the naive softmax."""
     attn, arguments, bias = block("single", 3), inputs("single", 3), log_bias(0.5)
-    attn.set_processor(FluxDinoAttnProcessor(TEXT, TEXT + DINO, cpu_attention_with_lse))
+    attn.set_processor(FluxDinoAttnProcessor(DINO, cpu_attention_with_lse))
     states = arguments["hidden_states"].requires_grad_()
     attn(**arguments, attention_mask=bias).square().sum().backward()
     gradient = states.grad.clone()
@@ -205,10 +205,13 @@ def test_merge_on_cuda_kernels(backend, scale):
     """bf16 inputs: the error against float64 is that of the kernel, below 1 %."""
     lse_attention = select_lse_attention(AttentionBackendName(backend), torch.device("cuda"), torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(2, 24, 1280, 128, generator=generator).bfloat16() for _ in range(3))
-    bias = torch.zeros(1280)
-    bias[128:384] = math.log(scale)
-    processor = FluxDinoAttnProcessor(128, 384, lse_attention)
-    merged = processor.attend(query.cuda(), key.cuda(), value.cuda(), bias[128].cuda().view(1, 1, 1))
-    expected = softmax_attention(query.cuda(), key.cuda(), value.cuda(), bias.cuda())
-    assert ((merged.double() - expected).norm() / expected.norm()).item() < 1e-2
+    # Laid out as the projections give them: tokens before heads, so that the groups of keys are strided views.
+    query, key, value = (torch.randn(2, 1280, 24, 128, generator=generator).bfloat16().cuda() for _ in range(3))
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    bias = torch.zeros(1280, device="cuda")
+    bias[:256] = math.log(scale)
+    processor = FluxDinoAttnProcessor(256, lse_attention)
+    expected = softmax_attention(query, key, value, bias)
+    for attend in (processor.attend, torch.compile(processor.attend, fullgraph=True)):
+        merged = attend(query, key, value, bias[0].view(1, 1, 1))
+        assert ((merged.double() - expected).norm() / expected.norm()).item() < 1e-2

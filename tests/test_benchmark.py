@@ -112,6 +112,9 @@ def test_markdown_has_every_table(outcome):
         "## Phases of the whole image: eager",
         "## One transformer step for one tile",
         "## Cost of DINO in a step",
+        "## VAE of the whole image",
+        "## Tiles of several sides: eager",
+        "## A step by its tokens: eager",
     ]
     assert report["machine"]["date"] in text and f"diffusers {report['machine']['diffusers']}" in text
 
@@ -180,9 +183,12 @@ def test_phase_records_on_hand_made_numbers():
 def test_image_is_the_median_after_a_warm_up(monkeypatch):
     clock = iter([0.0, 9.0, 10.0, 13.0, 20.0, 22.0, 30.0, 34.0])
     monkeypatch.setattr(benchmark, "synchronized_time", lambda device: next(clock))
-    phases = iter([{"denoise": value} for value in (8.0, 2.5, 1.5, 3.5)])
-    result, phase_seconds = benchmark.measure_image("eager", lambda: next(phases), 16, 3, CPU)
-    assert (result["seconds"], result["first_run_extra_s"], phase_seconds) == (3.0, 6.0, {"denoise": 2.5})
+    phases = iter([{"denoise": value} for value in (2.5, 1.5, 3.5)])
+    warm_ups: list = []
+    arguments = (lambda: warm_ups.append(1), lambda: next(phases), 16, 3, CPU)
+    result, phase_seconds = benchmark.measure_image("eager", *arguments)
+    assert (result["seconds"], result["warm_up_seconds"], phase_seconds) == (3.0, 9.0, {"denoise": 2.5})
+    assert warm_ups == [1]
 
 
 def test_timed_methods_add_up(monkeypatch):
@@ -193,9 +199,10 @@ def test_timed_methods_add_up(monkeypatch):
     clock = iter([0.0, 1.0, 5.0, 7.0])
     monkeypatch.setattr(benchmark, "synchronized_time", lambda device: next(clock))
     target = Target()
-    seconds = benchmark.time_methods(target, {"phase": "work"}, CPU)
-    assert (target.work(3), target.work(value=4)) == (6, 8)
-    assert seconds == {"phase": 3.0}
+    target.part = Target()
+    seconds = benchmark.time_methods(target, {"own": ("", "work"), "part": ("part", "work")}, CPU)
+    assert (target.work(3), target.part.work(value=4)) == (6, 8)
+    assert seconds == {"own": 1.0, "part": 2.0}
 
 
 def test_count_flops():
@@ -284,7 +291,7 @@ def test_variants_by_device():
         (["--steps", "0"], "must be a whole number of at least 1"),
         (["--repeats", "1.5"], "must be a whole number of at least 1"),
         (["--dino-strength", "-1"], "must be a number from 0 to 100"),
-        (["--variants", "eager,fast"], "must be of eager, cudnn, compiled, compiled-cudnn, not 'fast'"),
+        (["--variants", "eager,fast"], "must be of eager, cudnn, compiled, compiled-cudnn, fp8, not 'fast'"),
         (["--variants", ""], "not ''"),
         (["--variants", "cudnn"], "cudnn needs a CUDA device, not cpu"),
         (["--device", "toaster"], "--device toaster"),

@@ -5,6 +5,7 @@ import json
 import benchmark_training
 import pytest
 import torch
+import train_projector
 from accelerate import Accelerator
 
 from dino_projector.models import load_transformer
@@ -75,7 +76,11 @@ def test_fp8_transformer_gives_nearly_the_same_gradients(tmp_path):
     pytest.importorskip("torchao")
     whole = tiny_transformer().to(torch.bfloat16)
     whole.save_pretrained(tmp_path / "transformer")
-    layers = [whole, load_transformer(tmp_path, "fp8", torch.bfloat16).requires_grad_(False)]
+    layers = [
+        whole,
+        load_transformer(tmp_path, torch.bfloat16, train_projector.training_quantization("fp8", torch.bfloat16)),
+    ]
+    layers[1].requires_grad_(False)
     layers = [model.single_transformer_blocks[0].proj_mlp for model in layers]
     assert type(layers[1].weight) is not type(layers[0].weight)
     gradients = []

@@ -189,7 +189,7 @@ def test_strength_one_is_plain_attention_over_the_longer_sequence():
         text, pooled, _ = pipe.encode_prompt("", max_sequence_length=16)
         tokens = pipe.dino_projector(pipe.encode_dino(image, upscale_factor=1)[0].flatten(1, 2))
     pipe.unload_dino_projector()
-    embeds = torch.cat([text, tokens], dim=1)
+    embeds = torch.cat([tokens, text], dim=1)
     assert len(plan) == 1
     expected = generate(pipe, 1.0, image, prompt_embeds=embeds, pooled_prompt_embeds=pooled)
     np.testing.assert_allclose(result, expected, atol=1e-6)

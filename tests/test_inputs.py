@@ -193,7 +193,7 @@ BAD_CALL_VALUES = {
     "joint_attention_kwargs": [3, "scale", [("scale", 1)], True],
     "callback_on_step_end": [3, "print", [print], True],
     "callback_on_step_end_tensor_inputs": [["noise"], ["latents", "image"], 3, True],
-    "max_sequence_length": [*COUNTS, None, 513],
+    "max_sequence_length": [*COUNTS, 513],
     "upscale_factor": BAD_FACTORS,
     "start_sigma": ["1", NAN, INF, 0, 0.001, -1, 1.1, True, [1]],
     "tile_size": BAD_TILE_SIZES,

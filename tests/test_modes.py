@@ -1,14 +1,22 @@
 """Whatever the stock pipeline can do still works with the DINO parts in place."""
 
+import gguf
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderTiny, FluxImg2ImgPipeline
+from diffusers import (
+    AutoencoderTiny,
+    FluxImg2ImgPipeline,
+    FluxTransformer2DModel,
+    GGUFQuantizationConfig,
+    PipelineQuantizationConfig,
+)
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+from upscale import quantization_config
 
 from pipeline_flux_dino_tile import (
     FluxDinoAttnProcessor,
@@ -702,6 +710,36 @@ def test_offloading_gives_the_same(pipe, own_pipe, offload, device):
     assert_same(upscale(own_pipe, dino_embeds=features, dino_conditioning_scale=0.5), result, tolerance(device))
 
 
+@pytest.mark.parametrize("tile_fusion", ["step", "final"])
+def test_model_offload_moves_each_component_once_per_image(own_pipe, tile_fusion):
+    """Six tiles and two steps; what the hooks of accelerate do is counted, so that no GPU is needed."""
+    own_pipe.enable_model_cpu_offload(device="cpu")
+    place = {hook.model: "host" for hook in own_pipe._all_hooks}
+    names = {getattr(own_pipe, name): name for name in own_pipe.components if getattr(own_pipe, name) in place}
+    moves = []
+
+    def watch(hook):
+        load, offload = hook.pre_forward, hook.init_hook
+
+        def pre_forward(module, *args, **kwargs):
+            if place[module] == "host":
+                moves.append(names[module])
+            place[module] = "device"
+            return load(module, *args, **kwargs)
+
+        def init_hook(module):
+            place[module] = "host"
+            return offload(module)
+
+        hook.pre_forward, hook.init_hook = pre_forward, init_hook
+
+    for user_hook in own_pipe._all_hooks:
+        watch(user_hook.hook)
+    once = ["text_encoder", "text_encoder_2", "dino_encoder", "dino_projector", "vae", "transformer"]
+    upscale(own_pipe, tile_fusion=tile_fusion, output_type="pil")
+    assert moves == once
+
+
 @offloads
 def test_projector_loaded_and_unloaded_under_offloading(pipe, offload, device, tmp_path):
     pipe.dino_projector.save_pretrained(tmp_path)
@@ -741,12 +779,12 @@ def test_bfloat16_on_a_gpu(pipe, own_pipe, scale):
 @pytest.mark.parametrize("scale", [0.01, 0.5, 3.0])
 def test_merged_attention_is_a_softmax_with_weighted_keys(attention, device, dtype, atol, scale):
     """On the strided tensors that the processor has, and not on contiguous ones."""
-    start, end = 5, 21
+    num_dino_tokens = 16
     query, key, value = torch.randn(3, 2, 69, 4, 64, generator=generator()).to(device, dtype).transpose(2, 3)
     logits = query.double() @ key.double().transpose(-1, -2) / 8
-    logits[..., start:end] += np.log(scale)
+    logits[..., :num_dino_tokens] += np.log(scale)
     expected = logits.softmax(-1) @ value.double()
-    processor = FluxDinoAttnProcessor(start, end, attention)
+    processor = FluxDinoAttnProcessor(num_dino_tokens, attention)
     log_scale = torch.full((1, 1, 1), np.log(scale), device=device, dtype=dtype)
     result = processor.attend(query, key, value, log_scale)
     assert result.dtype == dtype
@@ -818,10 +856,10 @@ def test_positions_of_the_tile(pipe):
         hook.remove()
     assert torch.equal(ids[0], torch.zeros(16 + 12, 3))
     cells = [[0.0, row, column] for row in range(3) for column in range(4)]
-    assert torch.equal(ids[1], torch.cat([torch.zeros(16, 3), torch.tensor(cells)]))
+    assert torch.equal(ids[1], torch.cat([torch.tensor(cells), torch.zeros(16, 3)]))
     # Two cells for three rows and four columns of tokens: their centres.
     cells = [[0.0, row, column] for row in (0.25, 1.75) for column in (0.5, 2.5)]
-    assert torch.equal(ids[2], torch.cat([torch.zeros(16, 3), torch.tensor(cells)]))
+    assert torch.equal(ids[2], torch.cat([torch.tensor(cells), torch.zeros(16, 3)]))
     assert_different(upscale(pipe), upscale(place))
 
 
@@ -1000,3 +1038,60 @@ def test_tiles_in_which_flux_draws_grids_are_named(caplog):
         assert not caplog.records
         pipe.plan_tiles(4096, 4096, tile_size=1280)
     assert "1280x1280 px are 6400 tokens" in caplog.text
+
+
+@pytest.mark.parametrize(("guidance_embeds", "num_tokens"), [(False, 256), (True, 512)], ids=["schnell", "dev"])
+def test_text_tokens_by_default_are_those_of_the_training(guidance_embeds, num_tokens):
+    pipe = tiny_pipeline(guidance_embeds)
+    lengths = []
+    pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["encoder_hidden_states"].shape[1]), with_kwargs=True
+    )
+    for max_sequence_length in (None, 128):
+        upscale(pipe, num_inference_steps=1, max_sequence_length=max_sequence_length, **ONE_TILE)
+    assert lengths == [num_tokens, 128]
+
+
+# ---- Quantized transformers ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gguf_transformer_gives_nearly_the_same(pipe, own_pipe, tmp_path, dtype):
+    pipe.transformer.save_pretrained(tmp_path)
+    writer = gguf.GGUFWriter(tmp_path / "flux.gguf", "flux")
+    for name, tensor in pipe.transformer.state_dict().items():
+        is_large = tensor.ndim == 2 and tensor.shape[1] % 32 == 0 and "blocks" in name
+        kind = gguf.GGMLQuantizationType.Q8_0 if is_large else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(name, gguf.quants.quantize(tensor.numpy(), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    transformer = FluxTransformer2DModel.from_single_file(
+        tmp_path / "flux.gguf",
+        config=str(tmp_path),
+        quantization_config=GGUFQuantizationConfig(compute_dtype=dtype),
+        dtype=dtype,
+    )
+    assert type(transformer.transformer_blocks[0].attn.to_q).__name__ == "GGUFLinear"
+    own_pipe.to(dtype).register_modules(transformer=transformer)
+    result = upscale(own_pipe, dino_conditioning_scale=0.5)
+    expected = upscale(pipe, dino_conditioning_scale=0.5)
+    assert 0 < (result - expected).abs().max() < 0.1 * expected.std()
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("kind", ["nf4", "fp8"])
+def test_a_quantized_transformer_gives_nearly_the_same(pipe, tmp_path, kind):
+    """As `upscale.py --quantize` loads it."""
+    pytest.importorskip("bitsandbytes" if kind == "nf4" else "torchao")
+    pipe.save_pretrained(tmp_path)
+    mapping = {"transformer": quantization_config(kind, torch.bfloat16)}
+    quantized = FluxDinoTilePipeline.from_pretrained(
+        tmp_path, dtype=torch.bfloat16, quantization_config=PipelineQuantizationConfig(quant_mapping=mapping)
+    ).to("cuda")
+    quantized.set_progress_bar_config(disable=True)
+    result = upscale(quantized, dino_conditioning_scale=0.5).cpu()
+    expected = upscale(pipe, dino_conditioning_scale=0.5)
+    assert 0 < (result - expected).abs().max() < 0.5 * expected.std()

@@ -19,6 +19,7 @@ from pipeline_flux_dino_tile import (
     blend_tiles,
     crop_tiles,
     plan_tiles,
+    tile_cost,
     tile_starts,
     transformer_flops,
 )
@@ -105,7 +106,7 @@ def test_blending_the_crops_of_a_canvas_gives_the_canvas(case, seed):
 @settings(max_examples=200)
 def test_the_planner_never_does_more_work_than_a_fixed_1024_px_plan(height, width, overlap, extra_tokens):
     def work(plan):
-        return len(plan) * transformer_flops(plan.tokens_per_tile + extra_tokens)
+        return len(plan) * tile_cost(plan.tokens_per_tile, extra_tokens)
 
     planned = plan_tiles(height, width, None, overlap, extra_tokens=extra_tokens)
     fixed = plan_tiles(height, width, 1024, overlap, extra_tokens=extra_tokens)
@@ -140,6 +141,13 @@ def test_flops_agree_with_a_count_of_the_real_transformer():
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(**inputs)
     assert transformer_flops(4608, num_layers=6) == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_cost_of_a_tile_is_four_steps_and_the_vae():
+    """4 steps of 57 blocks: 12 h^2 weights and 2 S h attention products for a token; 9 GFLOP for an image token."""
+    tokens, h = 4096 + 768, 3072
+    step = 57 * tokens * 2 * (12 * h**2 + 2 * tokens * h)
+    assert tile_cost(4096, 768) == pytest.approx(4 * step + 4096 * 9e9)
 
 
 # ---- What tiling does to the result -----------------------------------------------------------------------------
@@ -243,3 +251,70 @@ def test_step_fusion_depends_less_on_the_tile_grid_than_final_fusion(pipe, monke
     with capsys.disabled():
         print(f"\n  change by a grid moved half a tile: step {changes['step']:.3f}, final {changes['final']:.3f}")
     assert changes["step"] < changes["final"]
+
+
+# ---- Decoding and encoding tile by tile ----------------------------------------------------------------------------
+
+
+def border_gradient(difference: torch.Tensor, plan, pixels_per_cell: int) -> float:
+    """Mean gradient across the lines where tiles begin or end, over that across all parallel lines."""
+    ratios = []
+    for dim, starts, size in ((2, plan.tops, plan.tile_height), (3, plan.lefts, plan.tile_width)):
+        gradient = difference.diff(dim=dim).abs().mean([other for other in range(4) if other != dim])
+        borders = [*starts[1:], *(start + size for start in starts[:-1])]
+        lines = [border // pixels_per_cell - 1 for border in borders]
+        ratios.append(float(gradient[lines].mean() / gradient.mean()))
+    return max(ratios)
+
+
+def paste_tiles(tiles, plan, pixels_per_cell: int) -> torch.Tensor:
+    """What a tiler without blending does."""
+    canvas = torch.zeros(1, tiles[0].shape[1], plan.height // pixels_per_cell, plan.width // pixels_per_cell)
+    for tile, values in zip(plan, tiles):
+        canvas[tile.slices(pixels_per_cell)] = values
+    return canvas
+
+
+def test_tiles_decode_without_seams(pipe, photo):
+    """
+    The photo's latents decoded in tiles and in one piece: what differs (a group norm sees its own tile only, and these
+    weights are random) does not change at the tiles' borders.
+    """
+    plan = plan_tiles(256, 192, 96, 32, 16)
+    pixels = pipe.prepare_image(photo, 256, 192)
+    with torch.no_grad():
+        latents = pipe.encode_tiles(pixels, plan_tiles(256, 192, 256, 32, 16), torch.Generator().manual_seed(0))
+        whole = pipe.vae.decode(latents / 0.3611 + 0.1159).sample
+        strips = list(pipe.decode_strips(latents, plan))
+        tiles = [pipe.vae.decode(latents[tile.slices(8)] / 0.3611 + 0.1159).sample for tile in plan]
+    assert len(strips) == len(plan.tops) > 2
+    tiled, pasted = torch.cat(strips, dim=2), paste_tiles(tiles, plan, 1)
+    assert (tiled - whole).square().mean() < (pasted - whole).square().mean()
+    assert border_gradient(tiled - whole, plan, 1) < 1.1
+    # The measure can fail: pasted tiles have seams.
+    assert border_gradient(pasted - whole, plan, 1) > 1.5
+
+
+def test_tiles_encode_without_seams(pipe, photo):
+    plan = plan_tiles(256, 192, 96, 32, 16)
+    pixels = pipe.prepare_image(photo, 256, 192)
+    with torch.no_grad():
+        whole = pipe.encode_tile(pixels)
+        tiles = [pipe.encode_tile(pixels[tile.slices()]) for tile in plan]
+    tiled, pasted = blend_tiles(tiles, plan, 8), paste_tiles(tiles, plan, 8)
+    # In latent cells an overlap is four wide: a ramp of four steps.
+    assert border_gradient(tiled - whole, plan, 8) < 1.1 < border_gradient(pasted - whole, plan, 8)
+
+
+def test_decoding_holds_one_row_of_tiles(pipe, monkeypatch):
+    """A strip comes out as soon as its row of tiles is decoded."""
+    plan = plan_tiles(320, 256, 128, 64, 16)
+    calls = []
+    decode = pipe.vae.decode
+    monkeypatch.setattr(pipe.vae, "decode", lambda *args, **kwargs: calls.append(1) or decode(*args, **kwargs))
+    with torch.no_grad():
+        strips = pipe.decode_strips(torch.zeros(1, 4, 40, 32), plan)
+        heights = [next(strips).shape[2]]
+        assert len(calls) == len(plan.lefts) == 3
+        heights += [strip.shape[2] for strip in strips]
+    assert heights == [64, 64, 64, 128] and len(calls) == len(plan)

@@ -96,11 +96,11 @@ def test_a_source_is_needed(model, tmp_path, capsys):
 
 
 def test_missing_packages_are_named(model, photos, tmp_path, capsys, monkeypatch):
-    find_spec, missing = importlib.util.find_spec, ["torchao", "wandb"]
+    find_spec, missing = importlib.util.find_spec, ["wandb"]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in missing else find_spec(name))
-    assert '--quantization fp8 needs the package torchao: pip install "torchao"' in usage_error(
-        capsys, *arguments(model, photos, tmp_path, "--quantization", "fp8")
-    )
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    message = usage_error(capsys, *arguments(model, photos, tmp_path, "--quantization", "fp8"))
+    assert "--quantization fp8: " in message and "torchao.quantization" in message and "extra `quant`" in message
     options = ("--report_to", "wandb")
     assert "needs the package wandb" in usage_error(capsys, *arguments(model, photos, tmp_path, *options))
     missing.append("torchdata")

@@ -66,7 +66,7 @@ def test_step_with_everything_on_is_the_pipelines_forward(model, photos, tmp_pat
     assert inputs.log_scale is not None and len({float(row.max()) for row in inputs.log_scale}) > 2
     assert torch.isinf(inputs.log_scale).all(1).any() and (torch.isinf(inputs.log_scale).sum(1) % 16 != 0).any()
     dino = project_tokens(trainer.pipe, trainer.make_inputs.plan, inputs)
-    with trainer.pipe.dino_attention(dino, 16):
+    with trainer.pipe.dino_attention(dino):
         losses = denoising_losses(trainer.pipe, inputs, dino)
 
     pipe = trainer.pipe
@@ -84,7 +84,7 @@ def test_step_with_everything_on_is_the_pipelines_forward(model, photos, tmp_pat
             scale = float(inputs.log_scale[index][kept][0].exp())
             alone = pipe.prepare_dino_tokens(inputs.features[:, index : index + 1], trainer.make_inputs.plan, scale)
             alone = alone._replace(tokens=alone.tokens[:, :, kept], ids=alone.ids[kept])
-        with torch.no_grad(), pipe.dino_attention(alone, 16):
+        with torch.no_grad(), pipe.dino_attention(alone):
             velocity = pipe.predict_velocity(
                 torch.lerp(latents, noise, sigma), torch.tensor(1000 * sigma), branch, guidance, alone
             )

@@ -320,6 +320,12 @@ def test_interrupt_is_one_line(folder, capsys, monkeypatch):
         (["photo.png", "--use-flux", "--model", "a/b", "--dtype", "int8"], "--dtype: invalid choice"),
         (["photo.png", "--use-flux", "--model", "a/b", "--color-fix", "auto"], "--color-fix: invalid choice"),
         (["photo.png", "--use-flux", "--model", "a/b", "--compile", "--offload", "group"], "--compile does not work"),
+        (["photo.png", "--use-flux", "--model", "a/b", "--compile", "--memory", "8"], "--compile does not work"),
+        (["photo.png", "--use-flux", "--model", "a/b", "--quantize", "nf4", "--memory", "8"], "--quantize does not"),
+        (["photo.png", "--use-flux", "--model", "a/b", "--memory", "8", "--offload", "model"], "--memory 8 sets"),
+        (["photo.png", "--use-flux", "--model", "a/b", "--memory", "6"], "--memory: invalid choice"),
+        (["photo.png", "--use-flux", "--model", "a/b", "--text-tokens", "513"], "--text-tokens: must be"),
+        (["photo.png", "--use-flux", "--model", "a/b", "--skip-flat-tiles", "2"], "--skip-flat-tiles: must be"),
         (["photo.png", "--plan", "--model", "empty"], "empty: the folder has no model_index.json"),
     ],
 )
@@ -342,6 +348,8 @@ def test_flux_options_need_use_flux(folder, capsys, option):
         "dtype": ["float32"],
         "offload": ["model"],
         "color_fix": ["adain"],
+        "skip_flat_tiles": ["0.02"],
+        "quantize": ["nf4"],
         "compile": [],
     }
     flag = f"--{option.replace('_', '-')}"
@@ -414,8 +422,11 @@ def test_plan_takes_tile_options_and_the_models_architecture(folder, tiny_model,
     # 80x48 px in tiles of 32 px.
     assert "tiles: 8 (4 across, 2 down) of 32x32 px, overlapping 16 px\n" in output
     assert "tokens per tile: 4 image" in output
-    tflop = transformer_flops(4 + 768, inner_dim=32, num_layers=4) / 1e12
-    assert f"({tflop:.4g} per tile)" in output
+    for option, num_text_tokens in (((), 256), (("--text-tokens", "128"), 128)):
+        assert run(folder / "photo.png", "--plan", *options, *option) == 0
+        tflop = transformer_flops(4 + num_text_tokens + 256, inner_dim=32, num_layers=4) / 1e12
+        output = capsys.readouterr().out
+        assert f"4 image + {num_text_tokens} text + 256 DINO" in output and f"({tflop:.4g} per tile)" in output
 
 
 def test_plan_gives_the_least_and_the_greatest_overlap(tmp_path, capsys):

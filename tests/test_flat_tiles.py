@@ -1,0 +1,146 @@
+"""`skip_flat_tiles`: which tiles count as flat, and that they end exactly at the input's latents."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline_flux_dino_tile import feature_spread, tile_contrast
+from tiny_models import ROOT, tiny_pipeline
+
+
+TILES = {"tile_size": 128, "tile_overlap": 32}
+
+
+def sky_and_photo(height: int = 256, width: int = 256) -> Image.Image:
+    """A gradient like clear sky, with a photo in the lower right quarter."""
+    ramp = np.linspace(90, 200, height)[:, None, None] + np.linspace(0, 30, width)[None, :, None]
+    pixels = np.broadcast_to(ramp, (height, width, 3)).astype(np.uint8).copy()
+    photo = Image.open(ROOT / "samples" / "photo.jpg").convert("RGB").resize((width // 2, height // 2))
+    pixels[height // 2 :, width // 2 :] = np.asarray(photo)
+    return Image.fromarray(pixels)
+
+
+def upscale(pipe, **kwargs):
+    settings = {
+        "image": sky_and_photo(),
+        "upscale_factor": 1,
+        "num_inference_steps": 3,
+        "max_sequence_length": 16,
+        "generator": torch.Generator().manual_seed(0),
+        "output_type": "latent",
+        **TILES,
+    }
+    return pipe(**{**settings, **kwargs}).images
+
+
+def encoded(pipe, plan):
+    """The latents of the input, as the pipeline encodes them from the same seed."""
+    pixels = pipe.prepare_image(sky_and_photo(), plan.height, plan.width)
+    with torch.no_grad():
+        return pipe.encode_tiles(pixels, plan, torch.Generator().manual_seed(0))
+
+
+# ---- What is flat --------------------------------------------------------------------------------------------------
+
+
+def test_contrast_of_known_pictures():
+    constant = torch.full((1, 3, 128, 192), 0.3)
+    gradient = torch.linspace(-1, 1, 192).expand(1, 3, 128, 192)
+    assert tile_contrast(constant) == 0
+    # Away from the repeated border a blur leaves a ramp as it is.
+    assert tile_contrast(gradient) < 0.05
+    checkered = torch.ones(1, 3, 128, 192)
+    checkered[..., ::2, 1::2] = checkered[..., 1::2, ::2] = -1
+    # The blur (1, 2, 1)/4 takes away the finest checkers: what is left is the picture, which swings from 0 to 1.
+    assert float(tile_contrast(checkered)) == pytest.approx(0.5, rel=0.05)
+
+
+def test_a_bird_in_the_sky_counts():
+    """A small thing in a large tile raises the contrast of its own square, not of the tile's mean."""
+    sky = torch.zeros(2, 3, 512, 512)
+    sky[1, :, 200:212, 300:312] = 1.0
+    quiet, bird = tile_contrast(sky)
+    assert quiet == 0 and bird > 0.05
+    assert math.sqrt((sky[1] / 2).square().mean()) < 0.02
+
+
+def test_feature_spread():
+    generator = torch.Generator().manual_seed(0)
+    one = torch.randn(1, 1, 1, 64, generator=generator).expand(1, 4, 5, 64)
+    noise = torch.randn(1, 4, 5, 64, generator=generator)
+    spread = feature_spread(torch.cat([one, 3 * one, noise]))
+    torch.testing.assert_close(spread[:2], torch.zeros(2), atol=1e-5, rtol=0)
+    vectors = noise.double().flatten(1, 2)[0]
+    mean = vectors.mean(0)
+    cosines = (vectors @ mean) / (vectors.norm(dim=1) * mean.norm())
+    assert float(spread[2]) == pytest.approx(1 - float(cosines.mean()), abs=1e-5)
+
+
+def test_tiles_are_found_by_contrast_and_by_what_dino_sees(monkeypatch):
+    pipe = tiny_pipeline(dino="dinov2")
+    plan = pipe.plan_tiles(256, 256, **TILES)
+    pixels = pipe.prepare_image(sky_and_photo(), 256, 256)
+    flat = pipe.find_flat_tiles(pixels, plan, None, 0.02)
+    assert len(plan) == 9 and flat == [0, 1, 2, 3, 6]
+    assert pipe.find_flat_tiles(pixels, plan, None, 1.0) == list(range(9))
+    features = torch.ones(9, 1, 4, 4, 24)
+    features[1] = torch.randn(1, 4, 4, 24, generator=torch.Generator().manual_seed(0))
+    assert pipe.find_flat_tiles(pixels, plan, features, 0.02) == [0, 2, 3, 6]
+    both = torch.cat([pixels, torch.zeros_like(pixels)])
+    assert pipe.find_flat_tiles(both, plan, None, 0.02) == flat
+
+
+# ---- What becomes of them ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tile_fusion", ["step", "final"])
+@pytest.mark.parametrize("guidance_embeds", [False, True], ids=["schnell", "dev"])
+def test_flat_tiles_end_at_the_input_and_the_others_as_before(tile_fusion, guidance_embeds):
+    pipe = tiny_pipeline(guidance_embeds)
+    plan = pipe.plan_tiles(256, 256, **TILES)
+    flat, plain = (
+        pipe.unpack_canvas(upscale(pipe, tile_fusion=tile_fusion, skip_flat_tiles=skip), 256, 256)
+        for skip in (0.02, False)
+    )
+    clean = encoded(pipe, plan)
+    inner = plan.tops[1] // 8
+    # What only the first tile covers is the input; without skipping it is something else.
+    torch.testing.assert_close(flat[..., :inner, :inner], clean[..., :inner, :inner], atol=1e-5, rtol=1e-5)
+    assert (plain - clean)[..., :inner, :inner].abs().max() > 0.05
+    # The last tile is only touched through its neighbours.
+    if tile_fusion == "final":
+        torch.testing.assert_close(flat[..., -inner:, -inner:], plain[..., -inner:, -inner:], atol=1e-5, rtol=1e-5)
+
+
+def test_all_tiles_flat_is_the_input_and_no_transformer_call(monkeypatch):
+    pipe = tiny_pipeline()
+    monkeypatch.setattr(pipe.transformer, "forward", None)
+    result = pipe.unpack_canvas(upscale(pipe, skip_flat_tiles=1.0), 256, 256)
+    clean = encoded(pipe, pipe.plan_tiles(256, 256, **TILES))
+    torch.testing.assert_close(result, clean, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tile_batch_size", [2, 4, 9])
+def test_the_batch_size_changes_nothing(tile_batch_size):
+    pipe = tiny_pipeline()
+    one, many = (upscale(pipe, skip_flat_tiles=0.02, tile_batch_size=size) for size in (1, tile_batch_size))
+    torch.testing.assert_close(many, one, atol=1e-5, rtol=1e-5)
+
+
+def test_the_transformer_runs_for_the_other_tiles_only():
+    pipe = tiny_pipeline()
+    calls = []
+    pipe.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
+    upscale(pipe, skip_flat_tiles=0.02)
+    assert len(calls) == 3 * (9 - 5)
+    upscale(pipe)
+    assert len(calls) == 3 * (9 - 5) + 3 * 9
+
+
+def test_off_and_a_picture_without_flat_tiles_are_the_same():
+    pipe = tiny_pipeline()
+    photo = Image.open(ROOT / "samples" / "photo.jpg").convert("RGB").resize((256, 256))
+    assert torch.equal(upscale(pipe, image=photo), upscale(pipe, image=photo, skip_flat_tiles=1e-4))
