@@ -144,6 +144,11 @@ def test_dataset_gives_pictures_and_captions(dataset_folder):
     assert all(sample["name"].startswith(sample["caption"].removeprefix("a ")) for sample in samples)
 
 
+def test_dataset_without_a_caption_column_has_no_captions(dataset_folder):
+    source = open_dataset(dataset_folder, None, "train", False, "image", None, 0)
+    assert source.captions() == [] and source.record(0).caption == ""
+
+
 def test_streamed_dataset_has_the_same_pictures(dataset_folder):
     source = open_dataset(dataset_folder, None, "train", True, "image", "title", 0)
     assert isinstance(source, StreamedDataset)

@@ -209,6 +209,13 @@ def test_changed_options_are_named_when_resuming(model, photos, tmp_path, capsys
     assert "--learning_rate was 0.0001 and is now 0.5" in output and "step 2" in output
 
 
+def test_a_folder_without_a_checkpoint_is_named(model, photos, tmp_path, capsys):
+    argv = arguments(model, photos, tmp_path, "--resume_from_checkpoint", photos)
+    assert train_projector.main(argv) == 1
+    message = f"--resume_from_checkpoint {photos}: the folder has no training_state.pt"
+    assert capsys.readouterr().err.splitlines()[-1].endswith(message)
+
+
 def test_other_numbers_of_readers_cannot_resume(model, photos, tmp_path, capsys):
     run(model, photos, tmp_path, "--max_train_steps", 2)
     more = ("--resume_from_checkpoint", "latest", "--dataloader_num_workers", 1)
