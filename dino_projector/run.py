@@ -154,12 +154,16 @@ def open_source(args, accelerator: Accelerator) -> Source:
     )
 
 
+def uses_captions(args) -> bool:
+    return args.caption_column != "none" and args.proportion_empty_prompts < 1
+
+
 def compute_text_embeddings(args, device, source: Source, cache: TensorCache, options: tuple):
     """Embeds all captions that are known beforehand; returns the embedder and the root mean square of text tokens."""
     pipe = load_text_pipeline(args, device, options[1])
     embed_captions = TextEmbeddings(pipe, cache, text_fingerprint(pipe), *options)
     captions: list[str] = []
-    if isinstance(source, ListedSource) and args.proportion_empty_prompts < 1:
+    if isinstance(source, ListedSource) and uses_captions(args):
         captions = list(dict.fromkeys(filter(None, source.captions())))
     for caption in tqdm(["", *captions], desc="text embeddings", disable=None if captions else True):
         embed_captions([caption])
@@ -171,7 +175,7 @@ def load_text_embeddings(args, accelerator: Accelerator, source: Source, dtype: 
     An embedder of captions, and the root mean square of text tokens. The text encoders stay in memory only where the
     captions are not known beforehand, in a stream.
     """
-    keeps_encoders = not isinstance(source, ListedSource) and args.proportion_empty_prompts < 1
+    keeps_encoders = not isinstance(source, ListedSource) and uses_captions(args)
     cache, options = TensorCache(Path(args.precomputed_dir) / "text"), (args.max_sequence_length, dtype)
     embed_captions, rms = None, None
     if accelerator.is_main_process or keeps_encoders:

@@ -17,7 +17,7 @@ import webdataset
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training_runs import arguments, save_model, save_photos
+from training_runs import arguments, save_model, save_photos, start
 
 from dino_projector.checkpoints import find_checkpoint, list_checkpoints, replace_folder, save_checkpoint
 from dino_projector.degradation import DEGRADATIONS
@@ -183,6 +183,16 @@ def test_other_sources_train_with_their_captions(model, photos, tmp_path, monkey
     stored = len(list((tmp_path / "out" / "precomputed" / "text").iterdir()))
     assert stored == 7 if kind == "dataset" else stored > 4
     assert (tmp_path / "out" / "final").is_dir()
+
+
+@pytest.mark.parametrize(("column", "stays"), [("txt", True), ("none", False)])
+def test_text_encoders_stay_for_the_captions_of_a_stream_only(model, photos, tmp_path, column, stays):
+    with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
+        for path in photos.glob("*.png"):
+            writer.write({"__key__": path.stem, "png": path.read_bytes()})
+    options = ("--train_shards", tmp_path / "a.tar", "--caption_column", column)
+    trainer, _, _ = start(model, None, tmp_path / "out", *options)
+    assert (trainer.make_inputs.embed_captions.pipe is not None) == stays
 
 
 @pytest.mark.parametrize("workers", [0, 2])
