@@ -81,11 +81,19 @@ NUM_SCALE_PICTURES = 16
 NUM_SCALE_CAPTIONS = 32
 # What may differ between the parts of a run without changing its result.
 FREE_OPTIONS = {
-    *("output_dir", "logging_dir", "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit"),
-    *("validation_steps", "validation_data_dir", "num_validation_images", "report_to", "precomputed_dir"),
-    *("tracker_project_name",),
+    "output_dir",
+    "logging_dir",
+    "precomputed_dir",
+    "resume_from_checkpoint",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "validation_steps",
+    "validation_data_dir",
+    "num_validation_images",
+    "report_to",
+    "tracker_project_name",
 }
-# They are nobody's business: left out of the facts that are published.
+# Left out of the facts that are published with the weights.
 DATA_FOLDERS = {"train_data_dir", "train_shards"}
 
 
