@@ -1,0 +1,178 @@
+# Copyright 2026 The flux-dino-tile authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""One training step: the inputs of the frozen transformer, and the flow-matching loss of its velocity."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from diffusers.training_utils import compute_density_for_timestep_sampling
+from PIL import Image
+
+from pipeline_flux_dino_tile import DinoTokens, FluxDinoTilePipeline, PromptBranch, TilePlan
+
+from .cache import TensorCache, cache_key
+from .conditioning import Dropout, draw_caption, draw_log_scale
+from .data import sample_rng, to_bytes
+
+
+class NoiseLevels(NamedTuple):
+    """From which noise levels a sample draws its own."""
+
+    sigma_min: float = 0.0
+    sigma_max: float = 1.0
+    weighting_scheme: str = "none"  # uniform, or "logit_normal"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+
+
+class StepInputs(NamedTuple):
+    """What a batch is trained on; everything but the tokens, which need a gradient."""
+
+    latents: torch.Tensor  # (batch, channels, rows, columns) of the sharp pictures, in float32
+    noise: torch.Tensor
+    sigmas: torch.Tensor  # (batch,) in float32
+    features: torch.Tensor  # (1, batch, grid rows, grid columns, dim) of the degraded pictures
+    branch: PromptBranch
+    guidance: torch.Tensor | None  # (batch,)
+    log_scale: torch.Tensor | None = None  # (batch, num_tokens); None is plain attention
+
+
+def torch_generator(rng: np.random.Generator) -> torch.Generator:
+    return torch.Generator("cpu").manual_seed(int(rng.integers(2**63)))
+
+
+def standard_normal(shape: Sequence[int], rng: np.random.Generator) -> torch.Tensor:
+    """On the CPU, so that a sample has the same noise on every device."""
+    return torch.randn(tuple(shape), generator=torch_generator(rng))
+
+
+def draw_sigma(levels: NoiseLevels, rng: np.random.Generator) -> torch.Tensor:
+    """A noise level `(1,)` in float32: in bfloat16 neighbouring levels would fall together."""
+    density = compute_density_for_timestep_sampling(
+        levels.weighting_scheme, 1, levels.logit_mean, levels.logit_std, generator=torch_generator(rng)
+    )
+    return levels.sigma_min + (levels.sigma_max - levels.sigma_min) * density
+
+
+def to_pixels(pipe: FluxDinoTilePipeline, pictures: torch.Tensor) -> torch.Tensor:
+    """Bytes `(batch, 3, height, width)` to [-1, 1] on the device, as the pipeline's `prepare_image` has them."""
+    return pipe.image_processor.normalize(pictures.to(pipe._execution_device).float() / 255)
+
+
+@torch.no_grad()
+def encode_latents(
+    pipe: FluxDinoTilePipeline, plan: TilePlan, sharp: torch.Tensor, rngs: Sequence[np.random.Generator]
+) -> torch.Tensor:
+    return pipe.encode_tiles(to_pixels(pipe, sharp), plan, [torch_generator(rng) for rng in rngs])
+
+
+def encode_pairs(
+    pipe: FluxDinoTilePipeline, plan: TilePlan, sharp: list[Image.Image], degraded: list[Image.Image], rngs
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents of sharp pictures and DINO features of degraded ones."""
+    sharp_bytes, degraded_bytes = (torch.stack([to_bytes(item) for item in items]) for items in (sharp, degraded))
+    with torch.no_grad():
+        features = pipe.encode_dino_tiles(to_pixels(pipe, degraded_bytes), plan)
+    return encode_latents(pipe, plan, sharp_bytes, rngs), features
+
+
+def denoising_losses(pipe: FluxDinoTilePipeline, inputs: StepInputs, dino: DinoTokens | None) -> torch.Tensor:
+    """Each sample's mean squared error `(batch,)` of the velocity `noise - latents`, in float32."""
+    sigmas = inputs.sigmas.view(-1, 1, 1, 1)
+    noisy = (1 - sigmas) * inputs.latents + sigmas * inputs.noise
+    timesteps = inputs.sigmas * pipe.scheduler.config.num_train_timesteps
+    velocity = pipe.predict_velocity(noisy, timesteps, inputs.branch, inputs.guidance, dino)
+    return (velocity - (inputs.noise - inputs.latents)).square().mean((1, 2, 3))
+
+
+def project_tokens(pipe: FluxDinoTilePipeline, plan: TilePlan, inputs: StepInputs) -> DinoTokens:
+    """The tokens of a batch, with each sample's own strengths."""
+    dino = pipe.prepare_dino_tokens(inputs.features, plan, 1.0)
+    return dino._replace(log_scale=inputs.log_scale)
+
+
+class InputMaker:
+    """
+    Turns batches of samples into a step's inputs. All that it draws depends on the seed and a sample's number only.
+
+    Args:
+        pipe ([`FluxDinoTilePipeline`]): With all but the text encoders.
+        plan ([`TilePlan`]): Of one tile.
+        embed_captions (`Callable`): As [`TextEmbeddings`].
+        levels, dropout: What a sample's noise level and drop-out are drawn from.
+        guidance_scale (`float`): For a transformer with guidance embeddings.
+        seed (`int`): Of the run.
+        latent_cache ([`TensorCache`], *optional*): Keeps the latents of sharp pictures.
+        vae_fingerprint (`str`): Part of the latents' key.
+    """
+
+    def __init__(
+        self,
+        pipe: FluxDinoTilePipeline,
+        plan: TilePlan,
+        embed_captions: Callable[[Sequence[str]], tuple[torch.Tensor, torch.Tensor]],
+        levels: NoiseLevels,
+        dropout: Dropout,
+        guidance_scale: float,
+        seed: int,
+        latent_cache: TensorCache | None = None,
+        vae_fingerprint: str = "",
+    ):
+        self.pipe, self.plan, self.embed_captions = pipe, plan, embed_captions
+        self.levels, self.dropout, self.guidance_scale, self.seed = levels, dropout, guidance_scale, seed
+        self.latent_cache, self.vae_fingerprint = latent_cache, vae_fingerprint
+
+    def branch(self, captions: Sequence[str]) -> PromptBranch:
+        dtype, device = self.pipe.transformer.dtype, self.pipe._execution_device
+        embeds, pooled_embeds = (item.to(device=device, dtype=dtype) for item in self.embed_captions(captions))
+        return PromptBranch(embeds, pooled_embeds, torch.zeros(embeds.shape[1], 3, device=device), None)
+
+    def guidance(self, batch_size: int) -> torch.Tensor | None:
+        if not self.pipe.transformer.config.guidance_embeds:
+            return None
+        return torch.full([batch_size], self.guidance_scale, device=self.pipe._execution_device)
+
+    @torch.no_grad()
+    def __call__(self, batch: dict) -> StepInputs:
+        device = self.pipe._execution_device
+        rngs = [sample_rng(self.seed, int(number), 1) for number in batch["number"]]
+        latents = self.latents(batch["sharp"], rngs)
+        features = self.pipe.encode_dino_tiles(to_pixels(self.pipe, batch["degraded"]), self.plan)
+        sigmas = torch.cat([draw_sigma(self.levels, rng) for rng in rngs])
+        noise = torch.stack([standard_normal(latents.shape[1:], rng) for rng in rngs])
+        captions = [draw_caption(caption, self.dropout, rng) for caption, rng in zip(batch["caption"], rngs)]
+        log_scale = None
+        if self.dropout.dino or self.dropout.token or self.dropout.strength:
+            num_tokens = features.shape[2] * features.shape[3]
+            log_scale = torch.stack([draw_log_scale(num_tokens, self.dropout, rng) for rng in rngs]).to(device)
+        guidance = self.guidance(len(rngs))
+        return StepInputs(
+            latents, noise.to(device), sigmas.to(device), features, self.branch(captions), guidance, log_scale
+        )
+
+    def latents(self, sharp: torch.Tensor, rngs: Sequence[np.random.Generator]) -> torch.Tensor:
+        cache = self.latent_cache
+        if cache is None:
+            return encode_latents(self.pipe, self.plan, sharp, rngs)
+        return torch.cat([self.cached_latents(picture, cache) for picture in sharp]).to(self.pipe._execution_device)
+
+    def cached_latents(self, picture: torch.Tensor, cache: TensorCache) -> torch.Tensor:
+        key = cache_key("latents", self.vae_fingerprint, list(picture.shape), picture.numpy().tobytes())
+        # The posterior's noise, too, depends on the picture alone.
+        rng = np.random.default_rng(int(key[:16], 16))
+        entry = cache.get(key, lambda: {"latents": encode_latents(self.pipe, self.plan, picture[None], [rng])})
+        return entry["latents"]
