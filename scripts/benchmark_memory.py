@@ -38,7 +38,6 @@ from diffusers import FluxTransformer2DModel
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from upscale import (
     ROOT,
-    TILES_BY_MEMORY,
     Parser,
     UsageError,
     check_device,
@@ -74,7 +73,7 @@ def build_parser() -> Parser:
     add(
         "--runs",
         metavar="LIST",
-        default="4096:8:4,4096:12:4,4096:16:8,4096:24:8,8192:12:4",
+        default="4096:24:4,4096:16:4,4096:12:4,4096:8:4,8192:12:4",
         help="side of the output in px, allowed GiB and tiles at once, with colons; several with commas (default: "
         "%(default)s)",
     )
@@ -189,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
         log(f"error: {error}")
         return 2
     device = torch.empty(0, device=args.device).device
-    report: dict = {"machine": describe_machine(device), "recipes": TILES_BY_MEMORY, "runs": []}
+    report: dict = {"machine": describe_machine(device), "runs": []}
     measure_recipes(args, device, report)
     print(format_table("Runs within a limit of GPU memory", report["runs"], {}))
     return 0

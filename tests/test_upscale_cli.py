@@ -365,6 +365,21 @@ def parse(*arguments):
     return upscale.parse_arguments([str(argument) for argument in arguments])
 
 
+@pytest.mark.parametrize("memory", upscale.CARDS_GIB)
+def test_memory_is_a_recipe(memory):
+    command = ("photo.png", "--use-flux", "--model", "a/b", "--memory", memory)
+    assert (parse(*command).offload, parse(*command).tile_batch_size) == ("group", 4)
+    assert parse(*command, "--tile-batch-size", "2").tile_batch_size == 2
+
+
+def test_a_missing_quantizer_is_named_before_the_model_is_loaded(folder, tiny_model, capsys, monkeypatch):
+    for module in ("torchao", "torchao.quantization"):
+        monkeypatch.setitem(sys.modules, module, None)
+    command = (folder / "photo.png", "--use-flux", "--model", tiny_model, "--device", "cpu", "--quantize", "fp8")
+    error = usage_error(capsys, *command)
+    assert error.startswith("upscale.py: error: --quantize fp8: ") and error.endswith("the extra `quant` brings it\n")
+
+
 def test_every_option_is_in_the_help_with_its_default(capsys):
     with pytest.raises(SystemExit) as exit_info:
         run("--help")
