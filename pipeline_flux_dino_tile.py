@@ -81,8 +81,8 @@ DEFAULT_UPSCALE_FACTOR = 4.0
 DINO_MODEL_TYPES = ("dinov2", "dinov2_with_registers", "dinov3_vit")
 PROMPT_EMBEDS_NAME = "prompt_embeds.safetensors"
 
-# What the planner weighs: the steps of FLUX.1-schnell, and the time of VAE and DINO for an image token, as the
-# operations that the transformer does in that time (docs/performance.md has the measurements).
+# What the planner weighs: the steps of FLUX.1-schnell, and the time of the VAE for an image token, as the operations
+# that the compiled transformer does in that time (measured on an H100).
 PLANNED_STEPS = 4
 VAE_FLOPS_PER_TOKEN = 9e9
 
@@ -265,7 +265,7 @@ def transformer_flops(num_tokens: int, inner_dim: int = 3072, num_layers: int = 
 
 def tile_cost(image_tokens: int, extra_tokens: int, inner_dim: int = 3072) -> float:
     """
-    Work for one tile of an image, as floating-point operations of the transformer: its steps, and VAE and DINO.
+    Work for one tile of an image, as floating-point operations of the transformer: its steps and the VAE.
 
     Args:
         image_tokens (`int`): Tokens of the tile.
