@@ -24,7 +24,7 @@ import json
 import math
 import numbers
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -1905,7 +1905,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             "negative_ip_adapter_image_embeds": negative_ip_adapter_image_embeds,
         }
         if max_sequence_length is None:
-            max_sequence_length = 512 if self.transformer.config.guidance_embeds else 256
+            max_sequence_length = default_text_tokens(self.transformer.config)
         self.check_schedule_inputs(strength, start_sigma, sigmas, num_inference_steps)
         if guidance_scale is not None:
             check_number("guidance_scale", guidance_scale, 0, 1000, "FLUX.1-dev takes about 3.5.")
@@ -2078,6 +2078,11 @@ def is_falling(sigmas: Any) -> bool:
     if not is_list or len(sigmas) == 0 or not all(isinstance(sigma, numbers.Real) for sigma in sigmas):
         return False
     return sigmas[0] <= 1 and all(high > low for high, low in itertools.pairwise([*sigmas, 0]))
+
+
+def default_text_tokens(transformer_config: Mapping) -> int:
+    """Text tokens that the model was trained with: 256 for the distilled FLUX.1-schnell, 512 for FLUX.1-dev."""
+    return 512 if transformer_config["guidance_embeds"] else 256
 
 
 def attention_backend_of(processor: Any) -> AttentionBackendName:

@@ -626,6 +626,8 @@ def read_architecture(model: str | None) -> dict:
     """Keyword arguments for the plan and the cost, from the configs in a pipeline's folder; empty for FLUX.1's own."""
     if model is None or not Path(model).is_dir():
         return {}
+    from pipeline_flux_dino_tile import default_text_tokens
+
     try:
         transformer, vae = (
             json.loads(Path(model, part, "config.json").read_text()) for part in ("transformer", "vae")
@@ -634,7 +636,7 @@ def read_architecture(model: str | None) -> dict:
             "inner_dim": transformer["num_attention_heads"] * transformer["attention_head_dim"],
             "num_layers": transformer["num_layers"] + transformer["num_single_layers"],
             "pixels_per_token": 2 ** len(vae["block_out_channels"]),
-            "text_tokens": 512 if transformer["guidance_embeds"] else 256,
+            "text_tokens": default_text_tokens(transformer),
         }
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"--model {model}: not the folder of a FLUX.1 pipeline ({first_line(error)})") from error
