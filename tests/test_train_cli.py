@@ -219,6 +219,18 @@ def test_changed_options_are_named_when_resuming(model, photos, tmp_path, capsys
     assert "--learning_rate was 0.0001 and is now 0.5" in output and "step 2" in output
 
 
+def test_changed_options_take_effect_when_resuming(model, photos, tmp_path):
+    run(model, photos, tmp_path, "--max_train_steps", 2)
+    changed = ("--learning_rate", 0.5, "--adam_beta1", 0.3, "--adam_weight_decay", 0.1, "--ema_decay", 0.4)
+    more = ("--max_train_steps", 6, "--lr_scheduler", "linear", "--resume_from_checkpoint", "latest")
+    trainer, _, _ = start(model, photos, tmp_path, *changed, *more)
+    settings = trainer.optimizer.param_groups[0]
+    # After one step of warm-up and one of the five down to zero.
+    assert settings["lr"] == trainer.lr_scheduler.get_last_lr()[0] == pytest.approx(0.5 * 4 / 5)
+    assert settings["betas"] == (0.3, 0.999) and settings["weight_decay"] == 0.1
+    assert trainer.ema.decay == 0.4
+
+
 def test_a_folder_without_a_checkpoint_is_named(model, photos, tmp_path, capsys):
     argv = arguments(model, photos, tmp_path, "--resume_from_checkpoint", photos)
     assert train_projector.main(argv) == 1
