@@ -1,6 +1,7 @@
 """`dino_projector/data.py`: sources, crops and the place in the stream that a run can go on from."""
 
 import json
+from io import BytesIO
 from itertools import islice
 
 import datasets
@@ -31,6 +32,7 @@ from dino_projector.data import (
     make_pair,
     open_dataset,
     read_picture,
+    to_bytes,
 )
 from tiny_models import ROOT, tiny_pipeline
 
@@ -294,8 +296,24 @@ def test_training_prepares_the_picture_as_inference_does(folder):
     seen = torch.from_numpy(np.array(pair.degraded)).permute(2, 0, 1).float() / 255
     wanted = pipe.encode_dino(pair.small, height=64, width=64)
     torch.testing.assert_close(pipe.encode_dino(seen, height=64, width=64), wanted)
-    canvas = pipe.prepare_image(pair.small, 64, 64)[0]
-    torch.testing.assert_close(pipe.image_processor.normalize(seen), canvas)
+    assert torch.equal(to_bytes(pair.degraded), pipe.prepare_image(pair.small, 64, 64)[0])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_pair_is_a_tile_of_the_enlarged_picture_and_the_same_place_sharp(seed):
+    """Inside a larger picture, mirrored or not: what DINO sees is enlarged with its surroundings and then cut."""
+    picture = Image.open(ROOT / "samples" / "photo.jpg").convert("RGB")
+    file = BytesIO()
+    picture.save(file, "PNG")
+    sampling = Sampling(64, (2.0, 2.0), ("bicubic",), random_flip=True)
+    record, rngs = Record("", file.getvalue(), ""), [np.random.default_rng(seed) for _ in range(3)]
+    pair = make_pair(record, sampling, PROCESSOR, rngs[0], rngs[1])
+    region, (left, top) = cut(picture, draw_crop(picture.size, sampling, rngs[2]), 64, sampling.margin)
+    whole = PROCESSOR.resize(pair.small, region.height, region.width)
+    assert pair.degraded.tobytes() == whole.crop((left, top, left + 64, top + 64)).tobytes()
+    sharp, degraded = (np.asarray(item).astype(float) for item in (pair.sharp, pair.degraded))
+    moved = [np.abs(np.roll(degraded, shift, (0, 1)) - sharp)[4:-4, 4:-4].mean() for shift in ((2, 0), (0, 2))]
+    assert np.abs(degraded - sharp)[4:-4, 4:-4].mean() < min(moved)
 
 
 def test_a_crop_sees_what_lies_around_it():
