@@ -416,4 +416,6 @@ def first_pairs(source: Source, count: int, sampling: Sampling, image_processor,
             pairs.append(make_pair(record, sampling._replace(margin=0), image_processor, rng, rng))
         except Exception as error:  # as in `SampleStream`
             report_skipped(record, error)
+    if not pairs:
+        raise ValueError("none of the pictures can be used")
     return pairs

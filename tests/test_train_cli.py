@@ -15,11 +15,13 @@ import torch
 import train_projector
 import webdataset
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torchdata.stateful_dataloader import StatefulDataLoader
 from training_runs import arguments, save_model, save_photos, start
 
-from dino_projector.checkpoints import find_checkpoint, list_checkpoints, replace_folder, save_checkpoint
+from dino_projector.checkpoints import error_line, find_checkpoint, list_checkpoints, replace_folder, save_checkpoint
+from dino_projector.data import ImageFolder, SampleStream, Sampling
 from dino_projector.degradation import DEGRADATIONS
 from tiny_models import ROOT
 
@@ -131,13 +133,29 @@ def test_errors_of_the_run_are_one_line(model, photos, tmp_path, capsys):
     assert capsys.readouterr().err.splitlines()[-1].startswith("train_projector.py: error: the validation needs two")
 
 
-def test_an_error_in_a_worker_is_one_line(model, tmp_path, capfd):
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    (broken / "a.png").write_text("no picture")
-    options = ("--dataloader_num_workers", 1, "--validation_data_dir", ROOT / "samples")
-    assert train_projector.main(arguments(model, broken, tmp_path / "out", *options)) == 1
-    assert "error: " in capfd.readouterr().err.splitlines()[-1]
+@pytest.fixture
+def broken(tmp_path):
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    (folder / "a.png").write_text("no picture")
+    return folder
+
+
+def test_pictures_of_which_none_can_be_used_are_one_line(model, broken, tmp_path, capsys):
+    assert train_projector.main(arguments(model, broken, tmp_path / "out")) == 1
+    skipped, last = capsys.readouterr().err.splitlines()[-2:]
+    assert skipped.endswith("a.png: skipped, is not a picture that Pillow can read")
+    assert last == "train_projector.py: error: none of the pictures can be used"
+
+
+def test_an_error_of_several_lines_is_cut_to_the_one_that_says_what_happened(broken):
+    cuda = "CUDA error: an illegal memory access was encountered\nCompile with `TORCH_USE_CUDA_DSA`.\n"
+    assert error_line(RuntimeError(cuda)) == "CUDA error: an illegal memory access was encountered"
+    assert error_line(MemoryError()) == "MemoryError"
+    stream = SampleStream(ImageFolder(broken, 0), Sampling(64, (2.0, 4.0), ("bicubic",)), None, 0)
+    with pytest.raises(ValueError, match="Traceback") as error:
+        next(iter(StatefulDataLoader(stream, num_workers=1)))
+    assert error_line(error.value).startswith("ValueError: 100 pictures in a row cannot be used, the last is ")
 
 
 # ---- A run and its checkpoints -------------------------------------------------------------------------------------
@@ -274,14 +292,22 @@ def full_disk():
 @pytest.mark.parametrize("is_projector_large", [False, True])
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, full_disk, is_projector_large):
     def save(step, size, projector_size):
-        write = (lambda folder: (folder / "weights").write_bytes(bytes(projector_size)))  # fmt: skip  # noqa: E731
-        save_checkpoint(tmp_path, step, {"x": torch.zeros(size)}, write, 1)
+        def write_projector(folder):
+            save_file({"x": torch.zeros(projector_size)}, folder / "weights.safetensors")
+
+        save_checkpoint(tmp_path, step, {"x": torch.zeros(size)}, write_projector, 1)
 
     save(1, 100, 100)
     with pytest.raises(OSError, match=r"checkpoint-2 cannot be written .* The last checkpoint is .*checkpoint-1\."):
         save(2, *((100, 40_000) if is_projector_large else (40_000, 100)))
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
     assert torch.load(tmp_path / "checkpoint-1" / "training_state.pt")["x"].shape == (100,)
+
+
+def test_a_full_disk_for_text_embeddings_is_one_line(model, photos, tmp_path, full_disk, capsys):
+    assert train_projector.main(arguments(model, photos, tmp_path, "--max_sequence_length", 512)) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("train_projector.py: error: ") and "File too large" in last
 
 
 def test_a_failed_replacement_keeps_the_old_folder(tmp_path):
