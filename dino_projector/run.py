@@ -31,7 +31,14 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from pipeline_flux_dino_tile import FluxDinoTilePipeline
 
 from .cache import TensorCache, TextEmbeddings, model_fingerprint, text_fingerprint
-from .checkpoints import find_checkpoint, load_checkpoint, replace_folder, save_checkpoint
+from .checkpoints import (
+    checkpoint_step,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    replace_folder,
+    save_checkpoint,
+)
 from .conditioning import Dropout
 from .data import (
     ImageFolder,
@@ -268,6 +275,7 @@ def start_run(
     state = None if checkpoint is None else load_checkpoint(checkpoint)
     if state is not None:
         check_readers(checkpoint, state, args, accelerator)
+        check_is_latest(checkpoint, state["trainer"]["step"], args.output_dir)
         report_changes(state["arguments"], vars(args), accelerator)
     dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
     source = open_source(args, accelerator)
@@ -300,6 +308,16 @@ def check_readers(checkpoint: Path | None, state: dict, args, accelerator: Accel
         raise ValueError(
             f"--resume_from_checkpoint {checkpoint}: it was made with {old[0]} processes and --dataloader_num_workers"
             f" {old[1]}, not {new[0]} and {new[1]}. Use the same."
+        )
+
+
+def check_is_latest(checkpoint: Path | None, step: int, output_dir: str) -> None:
+    """Raises a `ValueError` if there are later checkpoints, beside which the new ones would count as old."""
+    later = [path.name for path in list_checkpoints(output_dir) if checkpoint_step(path) > step]
+    if later:
+        raise ValueError(
+            f"--resume_from_checkpoint {checkpoint}: {output_dir} holds {', '.join(later)}, which are later. Move them"
+            " away, or use another --output_dir."
         )
 
 

@@ -264,6 +264,17 @@ def test_other_numbers_of_readers_cannot_resume(model, photos, tmp_path, capsys)
     assert message.endswith("was made with 1 processes and --dataloader_num_workers 0, not 1 and 1. Use the same.")
 
 
+def test_an_early_checkpoint_needs_a_folder_without_later_ones(model, photos, tmp_path, capsys):
+    first, second = tmp_path / "first", tmp_path / "second"
+    run(model, photos, first, "--max_train_steps", 6, "--checkpointing_steps", 2)
+    more = ("--resume_from_checkpoint", first / "checkpoint-2", "--checkpoints_total_limit", 1)
+    assert train_projector.main(arguments(model, photos, first, *more)) == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "holds checkpoint-4, checkpoint-6, which are later. Move them away, or use another --output_dir" in message
+    run(model, photos, second, *more)
+    assert [path.name for path in list_checkpoints(second)] == ["checkpoint-4"]
+
+
 def test_only_the_newest_checkpoints_are_kept(model, photos, tmp_path):
     run(model, photos, tmp_path, "--max_train_steps", 5, "--checkpointing_steps", 1, "--checkpoints_total_limit", 2)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-5"]
