@@ -3,6 +3,7 @@
 import json
 from io import BytesIO
 from itertools import islice
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -169,6 +170,25 @@ def test_shards_give_pictures_and_captions(shards):
     assert all(sample["caption"] == f"caption of {sample['name'].split(': ')[1]}" for sample in samples)
     names = {record.name for part in (0, 1) for record in Shards(shards, 0).epoch_records(3, part, 2, 0)}
     assert names == {record.name for record in Shards(shards, 0).epoch_records(0, 0, 1, 0)} and len(names) == 7
+
+
+def test_a_broken_shard_is_reported_and_skipped(shards, tmp_path, capfd):
+    whole = Path(shards.replace("{0..1}", "1")).read_bytes()
+    (tmp_path / "cut.tar").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "whole.tar").write_bytes(whole)
+    records = list(Shards(str(tmp_path / "{cut,whole}.tar"), 0).epoch_records(0, 0, 1, 0))
+    assert sum("whole.tar" in record.name for record in records) == 3
+    assert 0 < sum("cut.tar" in record.name for record in records) < 3
+    errors = capfd.readouterr().err.splitlines()
+    assert errors and all("the rest of a broken shard is skipped: " in line and "cut.tar" in line for line in errors)
+
+
+def test_missing_and_empty_shards_end_the_run(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        next(Shards(str(tmp_path / "a.tar"), 0).epoch_records(0, 0, 1, 0))
+    webdataset.TarWriter(str(tmp_path / "a.tar")).close()
+    with pytest.raises(ValueError, match=r"a\.tar: no samples in these shards"):
+        next(Shards(str(tmp_path / "a.tar"), 0).epoch_records(0, 0, 1, 0))
 
 
 @pytest.mark.parametrize("kind", ["shards", "streamed"])
