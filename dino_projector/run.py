@@ -425,7 +425,7 @@ def train(args, quantization_config: Any = None) -> bool:
     validator = None
     if accelerator.is_main_process:
         held_out = args.validation_data_dir
-        validator = Validator(trainer, source if held_out is None else ImageFolder(held_out, args.seed), args)
+        validator = Validator(trainer, source if held_out is None else ImageFolder(held_out, args.seed, None), args)
         print(describe_run(trainer, source, len(validator.examples), args), flush=True)
     accelerator.init_trackers(args.tracker_project_name, {name: str(value) for name, value in vars(args).items()})
     stop = StopSignal()
@@ -450,7 +450,8 @@ def run_steps(
     """Trains until the last step or a signal; whether it came to the last step, and the last validation."""
     accelerator = trainer.accelerator
     validation: dict[str, float] = {}
-    if validator is not None and trainer.step == 0:
+    # Before the first step; or after the last, if a finished run is resumed.
+    if validator is not None and trainer.step in (0, args.max_train_steps):
         validation = validator.run()
     bar = tqdm(
         total=args.max_train_steps,
@@ -465,10 +466,10 @@ def run_steps(
         bar.set_postfix(loss=f"{values['loss']:.4f}")
         bar.update()
         is_last, is_stopped = trainer.step == args.max_train_steps, stop.reached_any(accelerator)
-        if validator is not None and not is_stopped and (is_last or trainer.step % args.validation_steps == 0):
-            validation = validator.run()
         if is_last or is_stopped or trainer.step % args.checkpointing_steps == 0:
             save_run(trainer, loader, args)
+        if validator is not None and not is_stopped and (is_last or trainer.step % args.validation_steps == 0):
+            validation = validator.run()
         if is_stopped and not is_last:
             accelerator.print(f"stopped at step {trainer.step}; --resume_from_checkpoint latest goes on from here")
             return False, validation

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -280,6 +281,30 @@ def test_only_the_newest_checkpoints_are_kept(model, photos, tmp_path):
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-5"]
     assert find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-5"
     assert find_checkpoint(tmp_path / "nowhere", "latest") is None
+
+
+def test_a_failed_validation_comes_after_the_checkpoint(model, photos, tmp_path, capsys):
+    run(model, photos, tmp_path, "--max_train_steps", 2)
+    shutil.rmtree(tmp_path / "validation")
+    (tmp_path / "validation").write_text("no folder")
+    more = ("--max_train_steps", 4, "--resume_from_checkpoint", "latest")
+    assert train_projector.main(arguments(model, photos, tmp_path, *more)) == 1
+    assert "File exists" in capsys.readouterr().err.splitlines()[-1]
+    assert list_checkpoints(tmp_path)[-1].name == "checkpoint-4"
+
+
+def test_resuming_a_finished_run_gives_the_same_result(model, photos, tmp_path):
+    run(model, photos, tmp_path)
+    facts = (tmp_path / "final" / "training.json").read_text()
+    run(model, photos, tmp_path, "--resume_from_checkpoint", "latest")
+    assert (tmp_path / "final" / "training.json").read_text() == facts
+
+
+def test_captions_of_the_validation_are_not_read(model, photos, tmp_path):
+    held_out = tmp_path / "held_out"
+    shutil.copytree(photos, held_out)
+    (held_out / "metadata.jsonl").write_text("no JSON")
+    run(model, photos, tmp_path / "out", "--validation_data_dir", held_out)
 
 
 def test_a_checkpoint_loads_as_a_projector(model, photos, tmp_path):
