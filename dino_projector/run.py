@@ -30,7 +30,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from pipeline_flux_dino_tile import FluxDinoTilePipeline
 
-from .cache import TensorCache, TextEmbeddings, model_fingerprint, text_fingerprint
+from .cache import TensorCache, TextEmbeddings, cache_key, model_fingerprint, text_fingerprint
 from .checkpoints import (
     checkpoint_step,
     find_checkpoint,
@@ -227,7 +227,9 @@ def make_input_maker(args, pipe: FluxDinoTilePipeline, embed_captions) -> InputM
     if args.cache_latents:
         options = {
             "latent_cache": TensorCache(Path(args.precomputed_dir) / "latents"),
-            "vae_fingerprint": model_fingerprint(pipe.vae),
+            "vae_fingerprint": cache_key(
+                model_fingerprint(pipe.vae), pipe.vae.config.scaling_factor, pipe.vae.config.shift_factor
+            ),
         }
     return InputMaker(pipe, plan, embed_captions, levels, dropout, args.guidance_scale, args.seed, **options)
 

@@ -314,10 +314,17 @@ def test_cached_latents_are_those_of_the_picture_and_vae(schnell, photos, tmp_pa
     torch.testing.assert_close(trainer.make_inputs(batch).latents, inputs.latents, rtol=0, atol=0)
     stored = [load_file(path)["latents"] for path in folder.iterdir()]
     assert all(any(torch.equal(latents, item[0]) for item in stored) for latents in inputs.latents)
-    # Another VAE shares the folder, but no entry.
-    trainer.pipe.vae.encoder.conv_in.weight.data *= 1.1
-    other = run.make_input_maker(parse(*options), trainer.pipe, trainer.make_inputs.embed_captions)
-    assert not torch.equal(other(batch).latents, inputs.latents)
+    # Another VAE, or another scale of its latents, shares the folder, but no entry.
+    found = [inputs.latents]
+    for change in (
+        lambda vae: vae.encoder.conv_in.weight.data.mul_(1.1),
+        lambda vae: vae.register_to_config(scaling_factor=0.5),
+        lambda vae: vae.register_to_config(shift_factor=0.2),
+    ):
+        change(trainer.pipe.vae)
+        other = run.make_input_maker(parse(*options), trainer.pipe, trainer.make_inputs.embed_captions)
+        found.append(other(batch).latents)
+        assert not torch.equal(found[-1], found[-2])
 
 
 # ---- Initial weights -----------------------------------------------------------------------------------------------
