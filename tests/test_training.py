@@ -1,7 +1,9 @@
 """The training step against the pipeline's own forward, and what it leaves alone."""
 
 import math
+import shutil
 from itertools import islice
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +12,7 @@ import torch
 import torch.nn.functional as F
 import train_projector
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers import FluxPriorReduxPipeline
 from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
 from hypothesis import given
@@ -132,6 +135,29 @@ def test_gradient_checkpointing_changes_no_gradient(schnell, photos, tmp_path):
         torch.testing.assert_close(a, b)
 
 
+def test_captions_stay_with_their_pictures(schnell, photos, tmp_path):
+    captioned = tmp_path / "captioned"
+    shutil.copytree(photos, captioned)
+    for path in captioned.glob("*.png"):
+        path.with_suffix(".txt").write_text(path.stem)
+    options = ("--proportion_empty_prompts", 0.5, "--train_batch_size", 12)
+    trainer, loader, _ = start(schnell, captioned, tmp_path / "out", *options)
+    batch = next(iter(loader))
+    assert [f"{caption}.png" for caption in batch["caption"]] == [Path(name).name for name in batch["name"]]
+    found = trainer.make_inputs(batch).branch
+    pipe, num_empty = FluxDinoTilePipeline.from_pretrained(schnell), 0
+    for index, caption in enumerate(batch["caption"]):
+        wanted = [pipe.encode_prompt(text, None, max_sequence_length=16)[:2] for text in (caption, "")]
+        is_own, is_empty = (
+            torch.allclose(found.prompt_embeds[index], embeds[0], atol=1e-6)
+            and torch.allclose(found.pooled_prompt_embeds[index], pooled_embeds[0], atol=1e-6)
+            for embeds, pooled_embeds in wanted
+        )
+        assert is_own != is_empty
+        num_empty += is_empty
+    assert 0 < num_empty < 12
+
+
 def test_a_wholly_dropped_batch_has_zero_gradients(schnell, photos, tmp_path):
     """Not missing ones: the other processes average with them."""
     trainer, loader, _ = start(schnell, photos, tmp_path, "--dino_dropout", 1)
@@ -177,13 +203,17 @@ def test_step_clips_schedules_and_averages(schnell, photos, tmp_path):
     assert math.sqrt(sum(float(item.square().sum()) for item in moments)) <= 1e-3 * (1 - 0.9**5) * 1.001
 
 
-def test_bf16_keeps_the_projector_in_float32(schnell, photos, tmp_path):
+@pytest.fixture
+def own_precision():
+    """accelerate keeps the precision of a process's first accelerator."""
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+def test_bf16_keeps_the_projector_in_float32(schnell, photos, tmp_path, own_precision):
     args = parse(schnell, photos, tmp_path, "--mixed_precision", "bf16")
-    accelerator = SimpleNamespace(
-        device=torch.device("cpu"), process_index=0, num_processes=1, is_main_process=True, print=print,
-        autocast=lambda: torch.autocast("cpu", torch.bfloat16), reduce=lambda tensor, _: tensor,
-    )  # fmt: skip
-    trainer, loader = run.start_run(args, accelerator)
+    trainer, loader = run.start_run(args, run.make_accelerator(args))
     assert trainer.pipe.transformer.dtype == trainer.pipe.vae.dtype == torch.bfloat16
     inputs = trainer.make_inputs(next(iter(loader)))
     assert inputs.sigmas.dtype == inputs.noise.dtype == inputs.latents.dtype == torch.float32
