@@ -29,7 +29,7 @@ from dino_projector.data import sample_rng
 from dino_projector.models import ReduxTeacher, distillation_loss, match_token_rms
 from dino_projector.steps import NoiseLevels, StepInputs, denoising_losses, draw_sigma, project_tokens
 from dino_projector.training import TrainingError
-from dino_projector.validation import bin_centers, log_strips, summarize, validation_losses
+from dino_projector.validation import bin_centers, log_strips, summarize, upscale_examples, validation_losses
 from pipeline_flux_dino_tile import FluxDinoTilePipeline
 from tiny_models import JOINT_ATTENTION_DIM, tiny_pipeline
 
@@ -442,6 +442,36 @@ def test_validation_losses_are_means_over_the_examples(schnell, photos, tmp_path
             for name, total in totals.items():
                 assert found[name][column] == pytest.approx(total, rel=1e-5)
     assert found == validation_losses(pipe, validator.plan, examples, validator.branch, None, [0.2, 0.5])
+
+
+def test_validation_and_checkpoints_borrow_the_averaged_weights(schnell, photos, tmp_path):
+    trainer, loader, args = start(schnell, photos, tmp_path, "--learning_rate", 0.1)
+    validator = run.Validator(trainer, loader.dataset.source, args)
+    for batches in islice(zip(iter(loader)), 3):
+        trainer.train_step(batches)
+    weights = [parameter.detach().clone() for parameter in trainer.projector.parameters()]
+    losses = validator.run()
+    run.save_run(trainer, loader, args)
+    torch.testing.assert_close(list(trainer.projector.parameters()), weights, rtol=0, atol=0)
+    what = (trainer.pipe, validator.plan, validator.examples, validator.branch, None, validator.sigmas)
+    own = summarize(validation_losses(*what), validator.sigmas)
+    for parameter, average in zip(trainer.projector.parameters(), trainer.ema.shadow_params):
+        parameter.data.copy_(average)
+    averaged = summarize(validation_losses(*what), validator.sigmas)
+    assert losses == averaged and own["validation/with_tokens"] != averaged["validation/with_tokens"]
+
+
+def test_pictures_are_the_input_the_result_without_and_with_tokens_and_the_photo(schnell, photos, tmp_path):
+    trainer, loader, args = start(schnell, photos, tmp_path)
+    validator = run.Validator(trainer, loader.dataset.source, args)
+    strip = np.asarray(upscale_examples(trainer.pipe, validator.plan, validator.examples, 0.5, 3)[0])
+    pair, wanted = validator.examples[0].pair, []
+    for scale in (0.0, 1.0):
+        options = {"height": 64, "width": 64, "start_sigma": 0.5, "generator": torch.Generator().manual_seed(3)}
+        wanted.append(trainer.pipe(image=pair.small, dino_conditioning_scale=scale, **options).images[0])
+    for part, picture in zip(np.split(strip, 4, axis=1), (pair.degraded, *wanted, pair.sharp)):
+        np.testing.assert_array_equal(part, np.asarray(picture))
+    assert not np.array_equal(*map(np.asarray, wanted))
 
 
 def test_summary_has_gaps_in_percent():
