@@ -505,7 +505,7 @@ def test_overfits_so_that_its_own_tokens_help_and_anothers_less(photos, tmp_path
     DINO sees into the tokens and that FLUX uses it, not that anything is learned that holds for other pictures.
     """
     model = tmp_path / "model"
-    save_model(model, gain=4.0)
+    save_model(model, is_sensitive=True)
     fixed = ("--cache_latents", "--degradation", "bicubic", "--scale_factor", 2, 2, "--no-gradient_checkpointing")
     steady = ("--dino_dropout", 0, "--token_dropout", 0, "--strength_jitter", 0, "--ema_decay", 0.9)
     size = ("--train_batch_size", 6, "--num_validation_images", 6, "--hidden_dim", 64, "--position_mode", "tile")
@@ -519,7 +519,7 @@ def test_overfits_so_that_its_own_tokens_help_and_anothers_less(photos, tmp_path
     assert is_finished
     assert after["validation/with_tokens"] < 0.95 * before["validation/with_tokens"]
     assert after["validation/gap_without_tokens_percent"] > 5
-    assert after["validation/gap_other_tokens_percent"] > 0.5
+    assert after["validation/gap_other_tokens_percent"] > 2
     assert before["validation/gap_without_tokens_percent"] < 0
     # Against all the other pictures, not only the next.
     with trainer.ema_weights():
@@ -540,7 +540,7 @@ def test_overfits_so_that_its_own_tokens_help_and_anothers_less(photos, tmp_path
             ]
         ).mean(2)
     own = np.eye(len(losses), dtype=bool)
-    assert losses[own].mean() < 0.995 * losses[~own].mean()
+    assert losses[own].mean() < 0.98 * losses[~own].mean()
 
 
 def test_result_is_what_the_pipeline_loads(schnell, photos, tmp_path):
