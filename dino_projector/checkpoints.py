@@ -20,10 +20,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 
 PREFIX = "checkpoint-"
 STATE_NAME = "training_state.pt"
+# Where the disk is full, torch.save raises one of the first two and safetensors the third.
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -76,9 +79,9 @@ def save_checkpoint(
 
     try:
         replace_folder(target, write)
-    except (OSError, RuntimeError) as error:  # torch.save raises either where the disk is full
+    except WRITE_ERRORS as error:
         kept = next(reversed(list_checkpoints(output_dir)), None)
-        raise OSError(f"{target} cannot be written ({last_line(error)}). The last checkpoint is {kept}.") from error
+        raise OSError(f"{target} cannot be written ({error_line(error)}). The last checkpoint is {kept}.") from error
     if total_limit is not None:
         for old in list_checkpoints(output_dir)[:-total_limit]:
             shutil.rmtree(old)
@@ -89,7 +92,7 @@ def load_checkpoint(path: Path) -> dict:
     return torch.load(path / STATE_NAME, map_location="cpu", weights_only=True)
 
 
-def last_line(error: BaseException) -> str:
-    """What an error says; of one that a worker process sends, the error itself without its traceback."""
-    lines = str(error).strip().splitlines()
-    return lines[-1].strip() if lines else type(error).__name__
+def error_line(error: BaseException) -> str:
+    """What an error says, in one line; of one that a worker process sends, the error after its traceback."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1 if lines[0].startswith("Caught ") else 0].strip()

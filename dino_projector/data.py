@@ -17,6 +17,7 @@
 import json
 import os
 import sys
+import tarfile
 import zlib
 from collections.abc import Iterator
 from io import BytesIO
@@ -178,13 +179,26 @@ class Shards:
 
         urls = list(np.random.default_rng([self.seed, epoch]).permutation(self.urls)[part::parts])
         options = {"shardshuffle": False, "nodesplitter": None, "workersplitter": None, "empty_check": False}
-        samples = webdataset.WebDataset(urls, **options)
+        samples = webdataset.WebDataset(urls, handler=skip_broken_shard, **options)
         samples = samples.shuffle(1000, initial=1000, rng=random.Random(f"{self.seed} {epoch} {part}"))
+        is_empty = start == 0
         for sample in islice(samples, start, None):
+            is_empty = False
             pictures = [name for name in sample if f".{name.rsplit('.')[-1].lower()}" in READ_SUFFIXES]
             caption = sample.get(self.caption_column, b"").decode("utf-8", "replace").strip()
             name = f"{sample['__url__']}: {sample['__key__']}"
             yield Record(name, sample[pictures[0]] if pictures else b"", caption)
+        if is_empty:
+            raise ValueError(f"{', '.join(urls)}: no samples in these shards")
+
+
+def skip_broken_shard(error: Exception) -> bool:
+    """Has webdataset go on after a shard that ends too early or is no tar file; other errors end the run."""
+    if not isinstance(error, tarfile.TarError):
+        raise error
+    # Last come the shard's name or a message with it, depending on where the error is noticed.
+    print(f"the rest of a broken shard is skipped: {error.args[-1]}", file=sys.stderr, flush=True)
+    return True
 
 
 def row_record(row: dict, name: str, image_column: str, caption_column: str | None) -> Record:
@@ -416,4 +430,6 @@ def first_pairs(source: Source, count: int, sampling: Sampling, image_processor,
             pairs.append(make_pair(record, sampling._replace(margin=0), image_processor, rng, rng))
         except Exception as error:  # as in `SampleStream`
             report_skipped(record, error)
+    if not pairs:
+        raise ValueError("none of the pictures can be used")
     return pairs

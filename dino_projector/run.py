@@ -30,8 +30,15 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from pipeline_flux_dino_tile import FluxDinoTilePipeline
 
-from .cache import TensorCache, TextEmbeddings, model_fingerprint, text_fingerprint
-from .checkpoints import find_checkpoint, load_checkpoint, replace_folder, save_checkpoint
+from .cache import TensorCache, TextEmbeddings, cache_key, model_fingerprint, text_fingerprint
+from .checkpoints import (
+    checkpoint_step,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    replace_folder,
+    save_checkpoint,
+)
 from .conditioning import Dropout
 from .data import (
     ImageFolder,
@@ -220,7 +227,9 @@ def make_input_maker(args, pipe: FluxDinoTilePipeline, embed_captions) -> InputM
     if args.cache_latents:
         options = {
             "latent_cache": TensorCache(Path(args.precomputed_dir) / "latents"),
-            "vae_fingerprint": model_fingerprint(pipe.vae),
+            "vae_fingerprint": cache_key(
+                model_fingerprint(pipe.vae), pipe.vae.config.scaling_factor, pipe.vae.config.shift_factor
+            ),
         }
     return InputMaker(pipe, plan, embed_captions, levels, dropout, args.guidance_scale, args.seed, **options)
 
@@ -268,6 +277,7 @@ def start_run(
     state = None if checkpoint is None else load_checkpoint(checkpoint)
     if state is not None:
         check_readers(checkpoint, state, args, accelerator)
+        check_is_latest(checkpoint, state["trainer"]["step"], args.output_dir)
         report_changes(state["arguments"], vars(args), accelerator)
     dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
     source = open_source(args, accelerator)
@@ -300,6 +310,16 @@ def check_readers(checkpoint: Path | None, state: dict, args, accelerator: Accel
         raise ValueError(
             f"--resume_from_checkpoint {checkpoint}: it was made with {old[0]} processes and --dataloader_num_workers"
             f" {old[1]}, not {new[0]} and {new[1]}. Use the same."
+        )
+
+
+def check_is_latest(checkpoint: Path | None, step: int, output_dir: str) -> None:
+    """Raises a `ValueError` if there are later checkpoints, beside which the new ones would count as old."""
+    later = [path.name for path in list_checkpoints(output_dir) if checkpoint_step(path) > step]
+    if later:
+        raise ValueError(
+            f"--resume_from_checkpoint {checkpoint}: {output_dir} holds {', '.join(later)}, which are later. Move them"
+            " away, or use another --output_dir."
         )
 
 
@@ -407,7 +427,7 @@ def train(args, quantization_config: Any = None) -> bool:
     validator = None
     if accelerator.is_main_process:
         held_out = args.validation_data_dir
-        validator = Validator(trainer, source if held_out is None else ImageFolder(held_out, args.seed), args)
+        validator = Validator(trainer, source if held_out is None else ImageFolder(held_out, args.seed, None), args)
         print(describe_run(trainer, source, len(validator.examples), args), flush=True)
     accelerator.init_trackers(args.tracker_project_name, {name: str(value) for name, value in vars(args).items()})
     stop = StopSignal()
@@ -432,7 +452,8 @@ def run_steps(
     """Trains until the last step or a signal; whether it came to the last step, and the last validation."""
     accelerator = trainer.accelerator
     validation: dict[str, float] = {}
-    if validator is not None and trainer.step == 0:
+    # Before the first step; or after the last, if a finished run is resumed.
+    if validator is not None and trainer.step in (0, args.max_train_steps):
         validation = validator.run()
     bar = tqdm(
         total=args.max_train_steps,
@@ -447,10 +468,10 @@ def run_steps(
         bar.set_postfix(loss=f"{values['loss']:.4f}")
         bar.update()
         is_last, is_stopped = trainer.step == args.max_train_steps, stop.reached_any(accelerator)
-        if validator is not None and not is_stopped and (is_last or trainer.step % args.validation_steps == 0):
-            validation = validator.run()
         if is_last or is_stopped or trainer.step % args.checkpointing_steps == 0:
             save_run(trainer, loader, args)
+        if validator is not None and not is_stopped and (is_last or trainer.step % args.validation_steps == 0):
+            validation = validator.run()
         if is_stopped and not is_last:
             accelerator.print(f"stopped at step {trainer.step}; --resume_from_checkpoint latest goes on from here")
             return False, validation

@@ -16,6 +16,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -51,7 +52,8 @@ class ProjectorTrainer:
             weight_decay=args.adam_weight_decay,
             eps=args.adam_epsilon,
         )
-        self.lr_scheduler = get_scheduler(
+        self.make_lr_scheduler = partial(
+            get_scheduler,
             args.lr_scheduler,
             self.optimizer,
             num_warmup_steps=args.lr_warmup_steps,
@@ -59,6 +61,7 @@ class ProjectorTrainer:
             num_cycles=args.lr_num_cycles,
             power=args.lr_power,
         )
+        self.lr_scheduler = self.make_lr_scheduler()
         self.ema = EMAModel(self.projector.parameters(), decay=args.ema_decay)
         self.step = 0
         prepare_transformer(pipe, args.gradient_checkpointing, args.compile)
@@ -108,17 +111,17 @@ class ProjectorTrainer:
         return {
             "step": self.step,
             "projector": self.projector.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "optimizer": self.optimizer.state_dict()["state"],
             "ema": self.ema.state_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
+        """Goes on from a state. What the arguments set, such as the learning rate, stays as they say."""
         self.step = state["step"]
         self.projector.load_state_dict(state["projector"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
-        self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state["optimizer"]})
+        self.lr_scheduler = self.make_lr_scheduler(last_epoch=self.step - 1)
+        self.ema.load_state_dict({**state["ema"], "decay": self.ema.decay})
         self.ema.to(self.accelerator.device)
 
 

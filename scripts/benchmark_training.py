@@ -29,7 +29,7 @@ from accelerate import Accelerator
 from benchmark import PRESETS, Preset, build_pipeline, describe_machine, save_json, time_calls
 from upscale import Parser, UsageError, check_device, default_device, number
 
-from dino_projector.checkpoints import last_line
+from dino_projector.checkpoints import error_line
 from dino_projector.conditioning import Dropout
 from dino_projector.models import freeze, load_transformer
 from dino_projector.steps import InputMaker, NoiseLevels
@@ -175,7 +175,7 @@ def measure_recipe(
     try:
         return measure(trainer, random_batch(resolution, batch_size), args.repeats, args.device)
     except RuntimeError as error:  # memory, mostly
-        return {"error": last_line(error)}
+        return {"error": error_line(error)}
 
 
 def run_benchmark(args: argparse.Namespace) -> dict:
@@ -192,7 +192,7 @@ def run_benchmark(args: argparse.Namespace) -> dict:
             pipe = build_recipe(preset, RECIPES[name], args)
         # A recipe that this machine lacks memory or packages for must not take the others with it.
         except (RuntimeError, UsageError) as error:
-            failure = last_line(error)
+            failure = error_line(error)
         for resolution, batch_size in BATCHES[args.preset]:
             print(f"benchmark_training.py: {name}, {resolution} px", file=sys.stderr, flush=True)
             record = {"recipe": name, "resolution": resolution, "batch_size": batch_size, "error": failure}

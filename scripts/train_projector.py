@@ -307,7 +307,7 @@ def main(argv: list[str] | None = None) -> int:
         say_error(str(error))
         return 2
 
-    from dino_projector.checkpoints import last_line
+    from dino_projector.checkpoints import WRITE_ERRORS, error_line
     from dino_projector.run import train
     from dino_projector.training import TrainingError
 
@@ -315,8 +315,8 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata's, on newer PyTorch
     try:
         train(args, quantization)
-    except (TrainingError, OSError, ValueError, RuntimeError) as error:
-        say_error(last_line(error))
+    except (TrainingError, ValueError, *WRITE_ERRORS) as error:
+        say_error(error_line(error))
         return 1
     except KeyboardInterrupt:
         say_error("interrupted")

@@ -17,7 +17,7 @@ ARGUMENTS = ["--preset", "small", "--device", "cpu", "--repeats", "1"]
 
 def test_a_run_measures_every_batch_and_reports_what_fails(tmp_path, capsys, monkeypatch):
     def fail(*args):
-        raise RuntimeError("first\nno memory")
+        raise RuntimeError("no memory\nand a hint")
 
     monkeypatch.setattr(benchmark_training, "quantize", fail)
     file = tmp_path / "report.json"

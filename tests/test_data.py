@@ -1,7 +1,9 @@
 """`dino_projector/data.py`: sources, crops and the place in the stream that a run can go on from."""
 
 import json
+from io import BytesIO
 from itertools import islice
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -31,6 +33,7 @@ from dino_projector.data import (
     make_pair,
     open_dataset,
     read_picture,
+    to_bytes,
 )
 from tiny_models import ROOT, tiny_pipeline
 
@@ -169,6 +172,25 @@ def test_shards_give_pictures_and_captions(shards):
     assert names == {record.name for record in Shards(shards, 0).epoch_records(0, 0, 1, 0)} and len(names) == 7
 
 
+def test_a_broken_shard_is_reported_and_skipped(shards, tmp_path, capfd):
+    whole = Path(shards.replace("{0..1}", "1")).read_bytes()
+    (tmp_path / "cut.tar").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "whole.tar").write_bytes(whole)
+    records = list(Shards(str(tmp_path / "{cut,whole}.tar"), 0).epoch_records(0, 0, 1, 0))
+    assert sum("whole.tar" in record.name for record in records) == 3
+    assert 0 < sum("cut.tar" in record.name for record in records) < 3
+    errors = capfd.readouterr().err.splitlines()
+    assert errors and all("the rest of a broken shard is skipped: " in line and "cut.tar" in line for line in errors)
+
+
+def test_missing_and_empty_shards_end_the_run(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        next(Shards(str(tmp_path / "a.tar"), 0).epoch_records(0, 0, 1, 0))
+    webdataset.TarWriter(str(tmp_path / "a.tar")).close()
+    with pytest.raises(ValueError, match=r"a\.tar: no samples in these shards"):
+        next(Shards(str(tmp_path / "a.tar"), 0).epoch_records(0, 0, 1, 0))
+
+
 @pytest.mark.parametrize("kind", ["shards", "streamed"])
 def test_more_readers_than_shards_are_refused(shards, dataset_folder, kind):
     source = (
@@ -294,8 +316,24 @@ def test_training_prepares_the_picture_as_inference_does(folder):
     seen = torch.from_numpy(np.array(pair.degraded)).permute(2, 0, 1).float() / 255
     wanted = pipe.encode_dino(pair.small, height=64, width=64)
     torch.testing.assert_close(pipe.encode_dino(seen, height=64, width=64), wanted)
-    canvas = pipe.prepare_image(pair.small, 64, 64)[0]
-    torch.testing.assert_close(pipe.image_processor.normalize(seen), canvas)
+    assert torch.equal(to_bytes(pair.degraded), pipe.prepare_image(pair.small, 64, 64)[0])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_pair_is_a_tile_of_the_enlarged_picture_and_the_same_place_sharp(seed):
+    """Inside a larger picture, mirrored or not: what DINO sees is enlarged with its surroundings and then cut."""
+    picture = Image.open(ROOT / "samples" / "photo.jpg").convert("RGB")
+    file = BytesIO()
+    picture.save(file, "PNG")
+    sampling = Sampling(64, (2.0, 2.0), ("bicubic",), random_flip=True)
+    record, rngs = Record("", file.getvalue(), ""), [np.random.default_rng(seed) for _ in range(3)]
+    pair = make_pair(record, sampling, PROCESSOR, rngs[0], rngs[1])
+    region, (left, top) = cut(picture, draw_crop(picture.size, sampling, rngs[2]), 64, sampling.margin)
+    whole = PROCESSOR.resize(pair.small, region.height, region.width)
+    assert pair.degraded.tobytes() == whole.crop((left, top, left + 64, top + 64)).tobytes()
+    sharp, degraded = (np.asarray(item).astype(float) for item in (pair.sharp, pair.degraded))
+    moved = [np.abs(np.roll(degraded, shift, (0, 1)) - sharp)[4:-4, 4:-4].mean() for shift in ((2, 0), (0, 2))]
+    assert np.abs(degraded - sharp)[4:-4, 4:-4].mean() < min(moved)
 
 
 def test_a_crop_sees_what_lies_around_it():

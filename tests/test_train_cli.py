@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,11 +16,13 @@ import torch
 import train_projector
 import webdataset
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torchdata.stateful_dataloader import StatefulDataLoader
 from training_runs import arguments, save_model, save_photos, start
 
-from dino_projector.checkpoints import find_checkpoint, list_checkpoints, replace_folder, save_checkpoint
+from dino_projector.checkpoints import error_line, find_checkpoint, list_checkpoints, replace_folder, save_checkpoint
+from dino_projector.data import ImageFolder, SampleStream, Sampling
 from dino_projector.degradation import DEGRADATIONS
 from tiny_models import ROOT
 
@@ -131,13 +134,29 @@ def test_errors_of_the_run_are_one_line(model, photos, tmp_path, capsys):
     assert capsys.readouterr().err.splitlines()[-1].startswith("train_projector.py: error: the validation needs two")
 
 
-def test_an_error_in_a_worker_is_one_line(model, tmp_path, capfd):
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    (broken / "a.png").write_text("no picture")
-    options = ("--dataloader_num_workers", 1, "--validation_data_dir", ROOT / "samples")
-    assert train_projector.main(arguments(model, broken, tmp_path / "out", *options)) == 1
-    assert "error: " in capfd.readouterr().err.splitlines()[-1]
+@pytest.fixture
+def broken(tmp_path):
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    (folder / "a.png").write_text("no picture")
+    return folder
+
+
+def test_pictures_of_which_none_can_be_used_are_one_line(model, broken, tmp_path, capsys):
+    assert train_projector.main(arguments(model, broken, tmp_path / "out")) == 1
+    skipped, last = capsys.readouterr().err.splitlines()[-2:]
+    assert skipped.endswith("a.png: skipped, is not a picture that Pillow can read")
+    assert last == "train_projector.py: error: none of the pictures can be used"
+
+
+def test_an_error_of_several_lines_is_cut_to_the_one_that_says_what_happened(broken):
+    cuda = "CUDA error: an illegal memory access was encountered\nCompile with `TORCH_USE_CUDA_DSA`.\n"
+    assert error_line(RuntimeError(cuda)) == "CUDA error: an illegal memory access was encountered"
+    assert error_line(MemoryError()) == "MemoryError"
+    stream = SampleStream(ImageFolder(broken, 0), Sampling(64, (2.0, 4.0), ("bicubic",)), None, 0)
+    with pytest.raises(ValueError, match="Traceback") as error:
+        next(iter(StatefulDataLoader(stream, num_workers=1)))
+    assert error_line(error.value).startswith("ValueError: 100 pictures in a row cannot be used, the last is ")
 
 
 # ---- A run and its checkpoints -------------------------------------------------------------------------------------
@@ -219,6 +238,18 @@ def test_changed_options_are_named_when_resuming(model, photos, tmp_path, capsys
     assert "--learning_rate was 0.0001 and is now 0.5" in output and "step 2" in output
 
 
+def test_changed_options_take_effect_when_resuming(model, photos, tmp_path):
+    run(model, photos, tmp_path, "--max_train_steps", 2)
+    changed = ("--learning_rate", 0.5, "--adam_beta1", 0.3, "--adam_weight_decay", 0.1, "--ema_decay", 0.4)
+    more = ("--max_train_steps", 6, "--lr_scheduler", "linear", "--resume_from_checkpoint", "latest")
+    trainer, _, _ = start(model, photos, tmp_path, *changed, *more)
+    settings = trainer.optimizer.param_groups[0]
+    # After one step of warm-up and one of the five down to zero.
+    assert settings["lr"] == trainer.lr_scheduler.get_last_lr()[0] == pytest.approx(0.5 * 4 / 5)
+    assert settings["betas"] == (0.3, 0.999) and settings["weight_decay"] == 0.1
+    assert trainer.ema.decay == 0.4
+
+
 def test_a_folder_without_a_checkpoint_is_named(model, photos, tmp_path, capsys):
     argv = arguments(model, photos, tmp_path, "--resume_from_checkpoint", photos)
     assert train_projector.main(argv) == 1
@@ -234,11 +265,46 @@ def test_other_numbers_of_readers_cannot_resume(model, photos, tmp_path, capsys)
     assert message.endswith("was made with 1 processes and --dataloader_num_workers 0, not 1 and 1. Use the same.")
 
 
+def test_an_early_checkpoint_needs_a_folder_without_later_ones(model, photos, tmp_path, capsys):
+    first, second = tmp_path / "first", tmp_path / "second"
+    run(model, photos, first, "--max_train_steps", 6, "--checkpointing_steps", 2)
+    more = ("--resume_from_checkpoint", first / "checkpoint-2", "--checkpoints_total_limit", 1)
+    assert train_projector.main(arguments(model, photos, first, *more)) == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "holds checkpoint-4, checkpoint-6, which are later. Move them away, or use another --output_dir" in message
+    run(model, photos, second, *more)
+    assert [path.name for path in list_checkpoints(second)] == ["checkpoint-4"]
+
+
 def test_only_the_newest_checkpoints_are_kept(model, photos, tmp_path):
     run(model, photos, tmp_path, "--max_train_steps", 5, "--checkpointing_steps", 1, "--checkpoints_total_limit", 2)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-5"]
     assert find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-5"
     assert find_checkpoint(tmp_path / "nowhere", "latest") is None
+
+
+def test_a_failed_validation_comes_after_the_checkpoint(model, photos, tmp_path, capsys):
+    run(model, photos, tmp_path, "--max_train_steps", 2)
+    shutil.rmtree(tmp_path / "validation")
+    (tmp_path / "validation").write_text("no folder")
+    more = ("--max_train_steps", 4, "--resume_from_checkpoint", "latest")
+    assert train_projector.main(arguments(model, photos, tmp_path, *more)) == 1
+    assert "File exists" in capsys.readouterr().err.splitlines()[-1]
+    assert list_checkpoints(tmp_path)[-1].name == "checkpoint-4"
+
+
+def test_resuming_a_finished_run_gives_the_same_result(model, photos, tmp_path):
+    run(model, photos, tmp_path)
+    facts = (tmp_path / "final" / "training.json").read_text()
+    run(model, photos, tmp_path, "--resume_from_checkpoint", "latest")
+    assert (tmp_path / "final" / "training.json").read_text() == facts
+
+
+def test_captions_of_the_validation_are_not_read(model, photos, tmp_path):
+    held_out = tmp_path / "held_out"
+    shutil.copytree(photos, held_out)
+    (held_out / "metadata.jsonl").write_text("no JSON")
+    run(model, photos, tmp_path / "out", "--validation_data_dir", held_out)
 
 
 def test_a_checkpoint_loads_as_a_projector(model, photos, tmp_path):
@@ -262,14 +328,22 @@ def full_disk():
 @pytest.mark.parametrize("is_projector_large", [False, True])
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, full_disk, is_projector_large):
     def save(step, size, projector_size):
-        write = (lambda folder: (folder / "weights").write_bytes(bytes(projector_size)))  # fmt: skip  # noqa: E731
-        save_checkpoint(tmp_path, step, {"x": torch.zeros(size)}, write, 1)
+        def write_projector(folder):
+            save_file({"x": torch.zeros(projector_size)}, folder / "weights.safetensors")
+
+        save_checkpoint(tmp_path, step, {"x": torch.zeros(size)}, write_projector, 1)
 
     save(1, 100, 100)
     with pytest.raises(OSError, match=r"checkpoint-2 cannot be written .* The last checkpoint is .*checkpoint-1\."):
         save(2, *((100, 40_000) if is_projector_large else (40_000, 100)))
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
     assert torch.load(tmp_path / "checkpoint-1" / "training_state.pt")["x"].shape == (100,)
+
+
+def test_a_full_disk_for_text_embeddings_is_one_line(model, photos, tmp_path, full_disk, capsys):
+    assert train_projector.main(arguments(model, photos, tmp_path, "--max_sequence_length", 512)) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("train_projector.py: error: ") and "File too large" in last
 
 
 def test_a_failed_replacement_keeps_the_old_folder(tmp_path):

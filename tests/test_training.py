@@ -1,7 +1,9 @@
 """The training step against the pipeline's own forward, and what it leaves alone."""
 
 import math
+import shutil
 from itertools import islice
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +12,7 @@ import torch
 import torch.nn.functional as F
 import train_projector
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers import FluxPriorReduxPipeline
 from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
 from hypothesis import given
@@ -26,7 +29,7 @@ from dino_projector.data import sample_rng
 from dino_projector.models import ReduxTeacher, distillation_loss, match_token_rms
 from dino_projector.steps import NoiseLevels, StepInputs, denoising_losses, draw_sigma, project_tokens
 from dino_projector.training import TrainingError
-from dino_projector.validation import bin_centers, log_strips, summarize, validation_losses
+from dino_projector.validation import bin_centers, log_strips, summarize, upscale_examples, validation_losses
 from pipeline_flux_dino_tile import FluxDinoTilePipeline
 from tiny_models import JOINT_ATTENTION_DIM, tiny_pipeline
 
@@ -132,6 +135,29 @@ def test_gradient_checkpointing_changes_no_gradient(schnell, photos, tmp_path):
         torch.testing.assert_close(a, b)
 
 
+def test_captions_stay_with_their_pictures(schnell, photos, tmp_path):
+    captioned = tmp_path / "captioned"
+    shutil.copytree(photos, captioned)
+    for path in captioned.glob("*.png"):
+        path.with_suffix(".txt").write_text(path.stem)
+    options = ("--proportion_empty_prompts", 0.5, "--train_batch_size", 12)
+    trainer, loader, _ = start(schnell, captioned, tmp_path / "out", *options)
+    batch = next(iter(loader))
+    assert [f"{caption}.png" for caption in batch["caption"]] == [Path(name).name for name in batch["name"]]
+    found = trainer.make_inputs(batch).branch
+    pipe, num_empty = FluxDinoTilePipeline.from_pretrained(schnell), 0
+    for index, caption in enumerate(batch["caption"]):
+        wanted = [pipe.encode_prompt(text, None, max_sequence_length=16)[:2] for text in (caption, "")]
+        is_own, is_empty = (
+            torch.allclose(found.prompt_embeds[index], embeds[0], atol=1e-6)
+            and torch.allclose(found.pooled_prompt_embeds[index], pooled_embeds[0], atol=1e-6)
+            for embeds, pooled_embeds in wanted
+        )
+        assert is_own != is_empty
+        num_empty += is_empty
+    assert 0 < num_empty < 12
+
+
 def test_a_wholly_dropped_batch_has_zero_gradients(schnell, photos, tmp_path):
     """Not missing ones: the other processes average with them."""
     trainer, loader, _ = start(schnell, photos, tmp_path, "--dino_dropout", 1)
@@ -177,13 +203,17 @@ def test_step_clips_schedules_and_averages(schnell, photos, tmp_path):
     assert math.sqrt(sum(float(item.square().sum()) for item in moments)) <= 1e-3 * (1 - 0.9**5) * 1.001
 
 
-def test_bf16_keeps_the_projector_in_float32(schnell, photos, tmp_path):
+@pytest.fixture
+def own_precision():
+    """accelerate keeps the precision of a process's first accelerator."""
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+def test_bf16_keeps_the_projector_in_float32(schnell, photos, tmp_path, own_precision):
     args = parse(schnell, photos, tmp_path, "--mixed_precision", "bf16")
-    accelerator = SimpleNamespace(
-        device=torch.device("cpu"), process_index=0, num_processes=1, is_main_process=True, print=print,
-        autocast=lambda: torch.autocast("cpu", torch.bfloat16), reduce=lambda tensor, _: tensor,
-    )  # fmt: skip
-    trainer, loader = run.start_run(args, accelerator)
+    trainer, loader = run.start_run(args, run.make_accelerator(args))
     assert trainer.pipe.transformer.dtype == trainer.pipe.vae.dtype == torch.bfloat16
     inputs = trainer.make_inputs(next(iter(loader)))
     assert inputs.sigmas.dtype == inputs.noise.dtype == inputs.latents.dtype == torch.float32
@@ -314,10 +344,17 @@ def test_cached_latents_are_those_of_the_picture_and_vae(schnell, photos, tmp_pa
     torch.testing.assert_close(trainer.make_inputs(batch).latents, inputs.latents, rtol=0, atol=0)
     stored = [load_file(path)["latents"] for path in folder.iterdir()]
     assert all(any(torch.equal(latents, item[0]) for item in stored) for latents in inputs.latents)
-    # Another VAE shares the folder, but no entry.
-    trainer.pipe.vae.encoder.conv_in.weight.data *= 1.1
-    other = run.make_input_maker(parse(*options), trainer.pipe, trainer.make_inputs.embed_captions)
-    assert not torch.equal(other(batch).latents, inputs.latents)
+    # Another VAE, or another scale of its latents, shares the folder, but no entry.
+    found = [inputs.latents]
+    for change in (
+        lambda vae: vae.encoder.conv_in.weight.data.mul_(1.1),
+        lambda vae: vae.register_to_config(scaling_factor=0.5),
+        lambda vae: vae.register_to_config(shift_factor=0.2),
+    ):
+        change(trainer.pipe.vae)
+        other = run.make_input_maker(parse(*options), trainer.pipe, trainer.make_inputs.embed_captions)
+        found.append(other(batch).latents)
+        assert not torch.equal(found[-1], found[-2])
 
 
 # ---- Initial weights -----------------------------------------------------------------------------------------------
@@ -407,6 +444,36 @@ def test_validation_losses_are_means_over_the_examples(schnell, photos, tmp_path
     assert found == validation_losses(pipe, validator.plan, examples, validator.branch, None, [0.2, 0.5])
 
 
+def test_validation_and_checkpoints_borrow_the_averaged_weights(schnell, photos, tmp_path):
+    trainer, loader, args = start(schnell, photos, tmp_path, "--learning_rate", 0.1)
+    validator = run.Validator(trainer, loader.dataset.source, args)
+    for batches in islice(zip(iter(loader)), 3):
+        trainer.train_step(batches)
+    weights = [parameter.detach().clone() for parameter in trainer.projector.parameters()]
+    losses = validator.run()
+    run.save_run(trainer, loader, args)
+    torch.testing.assert_close(list(trainer.projector.parameters()), weights, rtol=0, atol=0)
+    what = (trainer.pipe, validator.plan, validator.examples, validator.branch, None, validator.sigmas)
+    own = summarize(validation_losses(*what), validator.sigmas)
+    for parameter, average in zip(trainer.projector.parameters(), trainer.ema.shadow_params):
+        parameter.data.copy_(average)
+    averaged = summarize(validation_losses(*what), validator.sigmas)
+    assert losses == averaged and own["validation/with_tokens"] != averaged["validation/with_tokens"]
+
+
+def test_pictures_are_the_input_the_result_without_and_with_tokens_and_the_photo(schnell, photos, tmp_path):
+    trainer, loader, args = start(schnell, photos, tmp_path)
+    validator = run.Validator(trainer, loader.dataset.source, args)
+    strip = np.asarray(upscale_examples(trainer.pipe, validator.plan, validator.examples, 0.5, 3)[0])
+    pair, wanted = validator.examples[0].pair, []
+    for scale in (0.0, 1.0):
+        options = {"height": 64, "width": 64, "start_sigma": 0.5, "generator": torch.Generator().manual_seed(3)}
+        wanted.append(trainer.pipe(image=pair.small, dino_conditioning_scale=scale, **options).images[0])
+    for part, picture in zip(np.split(strip, 4, axis=1), (pair.degraded, *wanted, pair.sharp)):
+        np.testing.assert_array_equal(part, np.asarray(picture))
+    assert not np.array_equal(*map(np.asarray, wanted))
+
+
 def test_summary_has_gaps_in_percent():
     losses = {"with_tokens": [1.0, 3.0], "without_tokens": [2.0, 3.0], "other_tokens": [1.0, 3.4]}
     values = summarize(losses, bin_centers(0.0, 0.8, 2))
@@ -438,7 +505,7 @@ def test_overfits_so_that_its_own_tokens_help_and_anothers_less(photos, tmp_path
     DINO sees into the tokens and that FLUX uses it, not that anything is learned that holds for other pictures.
     """
     model = tmp_path / "model"
-    save_model(model, gain=4.0)
+    save_model(model, is_sensitive=True)
     fixed = ("--cache_latents", "--degradation", "bicubic", "--scale_factor", 2, 2, "--no-gradient_checkpointing")
     steady = ("--dino_dropout", 0, "--token_dropout", 0, "--strength_jitter", 0, "--ema_decay", 0.9)
     size = ("--train_batch_size", 6, "--num_validation_images", 6, "--hidden_dim", 64, "--position_mode", "tile")
@@ -452,7 +519,7 @@ def test_overfits_so_that_its_own_tokens_help_and_anothers_less(photos, tmp_path
     assert is_finished
     assert after["validation/with_tokens"] < 0.95 * before["validation/with_tokens"]
     assert after["validation/gap_without_tokens_percent"] > 5
-    assert after["validation/gap_other_tokens_percent"] > 0.5
+    assert after["validation/gap_other_tokens_percent"] > 2
     assert before["validation/gap_without_tokens_percent"] < 0
     # Against all the other pictures, not only the next.
     with trainer.ema_weights():
@@ -473,7 +540,7 @@ def test_overfits_so_that_its_own_tokens_help_and_anothers_less(photos, tmp_path
             ]
         ).mean(2)
     own = np.eye(len(losses), dtype=bool)
-    assert losses[own].mean() < 0.995 * losses[~own].mean()
+    assert losses[own].mean() < 0.98 * losses[~own].mean()
 
 
 def test_result_is_what_the_pipeline_loads(schnell, photos, tmp_path):
