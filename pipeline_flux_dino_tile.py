@@ -1629,8 +1629,8 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         r"""
         One transformer call: noisy latents `(tiles * batch, latent channels, rows, columns)` to velocities in float32.
 
-        `timestep` is the scheduler's, a scalar. `branch` has `batch` entries, which are repeated for the tiles, and
-        `dino` has the tokens of these tiles in order. `guidance` has shape `(1,)`.
+        `timestep` is the scheduler's, a scalar, or one for each entry, as is `guidance` of shape `(1,)`. `branch` has
+        `batch` entries, which are repeated for the tiles, and `dino` has the tokens of these tiles in order.
         """
         num, _, rows, columns = latents.shape
         dtype = branch.prompt_embeds.dtype

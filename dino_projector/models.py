@@ -29,7 +29,13 @@ from safetensors.torch import save_file
 from transformers import AutoModel, PreTrainedModel, SiglipVisionModel
 from transformers.image_processing_utils import BaseImageProcessor
 
-from pipeline_flux_dino_tile import PROMPT_EMBEDS_NAME, DinoProjector, FluxDinoTilePipeline, PromptBranch
+from pipeline_flux_dino_tile import (
+    PROMPT_EMBEDS_NAME,
+    DinoProjector,
+    FluxDinoTilePipeline,
+    PromptBranch,
+    default_text_tokens,
+)
 
 
 PROJECTOR_FOLDER = "dino_projector"
@@ -43,12 +49,12 @@ def load_transformer(name: str, dtype: torch.dtype, quantization_config: Any, **
     return FluxTransformer2DModel.from_pretrained(name, subfolder="transformer", torch_dtype=dtype, **options)
 
 
-def default_text_tokens(args) -> int:
-    """As many T5 tokens as the pipeline takes by default: 256 for FLUX.1-schnell, 512 for dev."""
+def load_default_text_tokens(args) -> int:
+    """As many T5 tokens as the pipeline takes by default."""
     config = FluxTransformer2DModel.load_config(
         args.pretrained_model_name_or_path, subfolder="transformer", revision=args.revision
     )
-    return 512 if config["guidance_embeds"] else 256
+    return default_text_tokens(config)
 
 
 def load_text_pipeline(args, device: torch.device, dtype: torch.dtype) -> FluxDinoTilePipeline:

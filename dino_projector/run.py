@@ -55,15 +55,15 @@ from .data import (
 from .models import (
     PROJECTOR_FOLDER,
     ReduxTeacher,
-    default_text_tokens,
     distillation_loss,
     library_versions,
+    load_default_text_tokens,
     load_pipeline,
     load_text_pipeline,
     match_token_rms,
     save_result,
 )
-from .steps import InputMaker, NoiseLevels, to_pixels
+from .steps import InputMaker, NoiseLevels
 from .training import ProjectorTrainer, average_gradients
 from .validation import (
     bin_centers,
@@ -239,8 +239,7 @@ def scale_tokens(make_inputs: InputMaker, accelerator: Accelerator, stream: Samp
     pipe, plan = make_inputs.pipe, make_inputs.plan
     pairs = first_pairs(stream.source, NUM_SCALE_PICTURES, stream.sampling, stream.image_processor, stream.seed)
     with torch.no_grad():
-        pictures = [to_pixels(pipe, to_bytes(pair.degraded)[None]) for pair in pairs]
-        features = torch.cat([pipe.encode_dino_tiles(picture, plan) for picture in pictures])
+        features = torch.cat([pipe.encode_dino_tiles(to_bytes(pair.degraded)[None], plan) for pair in pairs])
     match_token_rms(pipe.dino_projector, features, rms)
     # A stream has other first pictures in every process.
     pipe.dino_projector.gain.data = accelerator.reduce(pipe.dino_projector.gain.data, "mean")
@@ -256,8 +255,8 @@ def distill_redux(make_inputs: InputMaker, accelerator: Accelerator, batches: It
     bar = tqdm(islice(batches, args.redux_steps), total=args.redux_steps, desc="redux", disable=is_hidden)
     for batch in bar:
         with torch.no_grad():
-            features = pipe.encode_dino_tiles(to_pixels(pipe, batch["degraded"]), make_inputs.plan)[0]
-        target = teacher.tokens(to_pixels(pipe, batch["sharp"]), features.shape[1:3])
+            features = pipe.encode_dino_tiles(batch["degraded"], make_inputs.plan)[0]
+        target = teacher.tokens(pipe.crop_pixels(batch["sharp"].to(accelerator.device)), features.shape[1:3])
         loss = distillation_loss(projector, features, target)
         loss.backward()
         average_gradients(projector, accelerator)
@@ -273,7 +272,7 @@ def start_run(
     checkpoint = None
     if args.resume_from_checkpoint is not None:
         checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-    args.max_sequence_length = args.max_sequence_length or default_text_tokens(args)
+    args.max_sequence_length = args.max_sequence_length or load_default_text_tokens(args)
     state = None if checkpoint is None else load_checkpoint(checkpoint)
     if state is not None:
         check_readers(checkpoint, state, args, accelerator)

@@ -68,16 +68,11 @@ def draw_sigma(levels: NoiseLevels, rng: np.random.Generator) -> torch.Tensor:
     return levels.sigma_min + (levels.sigma_max - levels.sigma_min) * density
 
 
-def to_pixels(pipe: FluxDinoTilePipeline, pictures: torch.Tensor) -> torch.Tensor:
-    """Bytes `(batch, 3, height, width)` to [-1, 1] on the device, as the pipeline's `prepare_image` has them."""
-    return pipe.image_processor.normalize(pictures.to(pipe._execution_device).float() / 255)
-
-
 @torch.no_grad()
 def encode_latents(
     pipe: FluxDinoTilePipeline, plan: TilePlan, sharp: torch.Tensor, rngs: Sequence[np.random.Generator]
 ) -> torch.Tensor:
-    return pipe.encode_tiles(to_pixels(pipe, sharp), plan, [torch_generator(rng) for rng in rngs])
+    return pipe.encode_tiles(sharp, plan, [torch_generator(rng) for rng in rngs])
 
 
 def encode_pairs(
@@ -86,7 +81,7 @@ def encode_pairs(
     """Latents of sharp pictures and DINO features of degraded ones."""
     sharp_bytes, degraded_bytes = (torch.stack([to_bytes(item) for item in items]) for items in (sharp, degraded))
     with torch.no_grad():
-        features = pipe.encode_dino_tiles(to_pixels(pipe, degraded_bytes), plan)
+        features = pipe.encode_dino_tiles(degraded_bytes, plan)
     return encode_latents(pipe, plan, sharp_bytes, rngs), features
 
 
@@ -151,7 +146,7 @@ class InputMaker:
         device = self.pipe._execution_device
         rngs = [sample_rng(self.seed, int(number), 1) for number in batch["number"]]
         latents = self.latents(batch["sharp"], rngs)
-        features = self.pipe.encode_dino_tiles(to_pixels(self.pipe, batch["degraded"]), self.plan)
+        features = self.pipe.encode_dino_tiles(batch["degraded"], self.plan)
         sigmas = torch.cat([draw_sigma(self.levels, rng) for rng in rngs])
         noise = torch.stack([standard_normal(latents.shape[1:], rng) for rng in rngs])
         captions = [draw_caption(caption, self.dropout, rng) for caption, rng in zip(batch["caption"], rngs)]
