@@ -28,10 +28,11 @@ from training_runs import save_photos
 from dino_projector.data import sample_rng
 from dino_projector.demo_training import metrics, stages, vae
 from dino_projector.demo_training.assemble import CHECKPOINT_FOLDER, assemble, check_sizes
+from dino_projector.demo_training.captions import Language, describe_squares, place_codes
 from dino_projector.demo_training.crops import center_crop, draw_crops, load_photos
-from dino_projector.demo_training.dino import DinoStage, balance, degrade_crops
+from dino_projector.demo_training.dino import DinoStage, balance, degrade_crops, linear_r2
 from dino_projector.demo_training.evaluate import evaluate, format_table
-from dino_projector.demo_training.flux import FluxStage, Language, describe_squares, place_codes
+from dino_projector.demo_training.flux import FluxStage
 from dino_projector.demo_training.sizes import SIZES, count_weights, make_dino, make_transformer, make_vae
 from dino_projector.demo_training.stages import load_shards, run_stage, save_shards, update_average
 from dino_projector.demo_training.vae import VaeStage
@@ -203,6 +204,14 @@ def test_balance_uses_every_prototype_alike():
     choices = balance(torch.randn(64, 8, generator=torch.Generator().manual_seed(0)))
     torch.testing.assert_close(choices.sum(1), torch.ones(64))
     torch.testing.assert_close(choices.sum(0), torch.full((8,), 8.0), rtol=0.1, atol=0)
+
+
+def test_a_linear_readout_finds_what_is_linear():
+    generator = torch.Generator().manual_seed(0)
+    features, noise = torch.randn(400, 5, generator=generator), torch.randn(400, 2, generator=generator)
+    targets = features @ torch.randn(5, 2, generator=generator) + 3
+    assert linear_r2(features[:200], targets[:200], features[200:], targets[200:]) == pytest.approx(1, abs=1e-3)
+    assert linear_r2(features[:200], noise[:200], features[200:], noise[200:]) == pytest.approx(0, abs=0.1)
 
 
 def test_degraded_crops_keep_size_and_brightness():

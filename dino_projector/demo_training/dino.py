@@ -37,6 +37,7 @@ from pipeline_flux_dino_tile import feature_spread
 
 from ..data import sample_rng
 from ..steps import torch_generator
+from .captions import describe_squares
 from .crops import center_crop, draw_crops
 from .sizes import PATCH_SIZE, PIXELS_PER_TOKEN, make_dino
 from .stages import Stage, update_average
@@ -50,6 +51,8 @@ MASKED_SHARE = 0.4
 SINKHORN_ROUNDS = 3
 FACTORS = (2.0, 8.0)  # how much smaller the student's picture was
 NOISE_STD = 0.05  # at most, of a value in [-1, 1]
+PROBE_CROPS = 64
+PROBE_RIDGE = 1e-3
 
 
 class Distiller(torch.nn.Module):
@@ -69,6 +72,16 @@ class Distiller(torch.nn.Module):
         states = torch.cat([states[:, :1], states[:, first_patch:]], dim=1)
         length = torch.linalg.vector_norm(self.prototypes.weight, dim=1)
         return self.prototypes(F.normalize(self.head(states), dim=-1)) / length
+
+
+def linear_r2(train: torch.Tensor, train_targets: torch.Tensor, test: torch.Tensor, targets: torch.Tensor) -> float:
+    """Share of the variance of `targets` `(samples, values)`, averaged over values, that ridge regression explains."""
+    mean, std = train.mean(0), train.std(0) + 1e-6
+    inputs, test_inputs = (F.pad((x - mean) / std, (0, 1), value=1.0).double() for x in (train, test))
+    gram = inputs.T @ inputs + PROBE_RIDGE * len(inputs) * torch.eye(inputs.shape[1], device=train.device)
+    found = test_inputs @ torch.linalg.solve(gram, inputs.T @ train_targets.double())
+    unexplained = (found - targets).square().mean(0) / targets.double().var(0)
+    return float((1 - unexplained).mean())
 
 
 @torch.no_grad()
@@ -144,19 +157,20 @@ class DinoStage(Stage):
     @torch.no_grad()
     def measure(self, held_out: list[torch.Tensor]) -> dict[str, float]:
         """
-        How often, of all patches of all held-out photos, the one most like a degraded patch is its sharp self, and how
-        far features are from their mean (0 would be a collapse).
+        What a linear readout of degraded patches knows of the sharp squares under them, and how far features are from
+        their mean (0 would be a collapse).
         """
-        sharp = torch.cat([center_crop(photo, self.sizes.crop) for photo in held_out])
-        degraded = degrade_crops(sharp, sample_rng(self.seed, 0, 1))
+        rng = sample_rng(self.seed, 0, 1)
+        train = draw_crops(self.photos, PROBE_CROPS, self.sizes.crop, rng)
+        test = torch.cat([center_crop(photo, self.sizes.crop) for photo in held_out])
+        features, looks = zip(*(self.probe_pairs(images, rng) for images in (train, test)))
+        spread = feature_spread(features[1][None, None])
+        return {"look_r2": linear_r2(features[0], looks[0], features[1], looks[1]), "spread": float(spread)}
+
+    def probe_pairs(self, sharp: torch.Tensor, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features `(patches, dim)` of degraded crops, and what the sharp squares under them look like."""
+        pixels = to_dino_pixels(degrade_crops(sharp, rng))
         first_patch = 1 + self.teacher.encoder.config.num_register_tokens
-        sharp_states, degraded_states = (
-            self.teacher.encoder(to_dino_pixels(images)).last_hidden_state[:, first_patch:]
-            for images in (sharp, degraded)
-        )
-        keys, queries = (F.normalize(states.flatten(0, 1), dim=-1) for states in (sharp_states, degraded_states))
-        found = (queries @ keys.T).argmax(1)
-        return {
-            "patches_found": float((found == torch.arange(len(found), device=self.device)).float().mean()),
-            "spread": float(feature_spread(sharp_states.flatten(0, 1)[None, None]).mean()),
-        }
+        features = self.teacher.encoder(pixels).last_hidden_state[:, first_patch:].flatten(0, 1)
+        looks = describe_squares(sharp, self.sizes.crop // PIXELS_PER_TOKEN)
+        return features, looks.flatten(2).transpose(1, 2).flatten(0, 1)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ..models import ENCODER_FOLDER
 from .assemble import PROJECTOR_RUN_FOLDER
-from .flux import EMPTY_PROMPT_TOKENS
+from .captions import EMPTY_PROMPT_TOKENS
 from .sizes import Sizes
 
 
