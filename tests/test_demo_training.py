@@ -334,11 +334,21 @@ def test_gradient_energy_and_psnr_of_known_pictures():
 
 
 def test_the_seam_ratio_of_a_ramp_is_one_and_of_a_step_its_height():
-    ramp = torch.arange(32.0).expand(3, 32, 32)
-    assert metrics.seam_ratio(ramp, [], [16]) == pytest.approx(1)
-    step = ramp + 2 * (torch.arange(32) >= 16)
-    assert metrics.seam_ratio(step, [], [16]) == pytest.approx(3)
-    assert metrics.seam_ratio(step.transpose(1, 2), [16], []) == pytest.approx(3)
+    ramp = torch.arange(64.0).expand(3, 64, 64)
+    assert metrics.seam_ratio(ramp, [], [32]) == pytest.approx(1)
+    step = ramp + 2 * (torch.arange(64) >= 32)
+    assert metrics.seam_ratio(step, [], [32]) == pytest.approx(3)
+    assert metrics.seam_ratio(step.transpose(1, 2), [32], []) == pytest.approx(3)
+    # A grid of the VAE is no seam.
+    blocks = ramp + torch.arange(64) // 8
+    assert metrics.seam_ratio(blocks, [], [32]) == pytest.approx(1)
+
+
+def test_the_grid_ratio():
+    ramp = torch.arange(64.0).expand(3, 64, 64)
+    diagonal = ramp + ramp.transpose(1, 2)
+    assert metrics.grid_ratio(diagonal) == pytest.approx(1)
+    assert metrics.grid_ratio(diagonal + diagonal[:, :, :1] // 8 + diagonal[:, :1] // 8) == pytest.approx(2)
 
 
 def test_the_bootstrap_interval():

@@ -29,7 +29,7 @@ from pipeline_flux_dino_tile import FluxDinoTilePipeline
 from ..data import ImageFolder, Sampling, first_pairs, to_bytes
 from ..validation import CONDITIONS, bin_centers, example_losses, make_examples
 from .crops import center_crop, load_photos
-from .metrics import Interval, bootstrap_mean, gradient_energy, is_monotone, psnr, seam_ratio
+from .metrics import Interval, bootstrap_mean, gradient_energy, grid_ratio, is_monotone, psnr, seam_ratio
 from .projector import SIGMA_MAX, SIGMA_MIN
 
 
@@ -38,7 +38,6 @@ STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 LOSS_CROPS = 4  # of each photo
 NUM_SIGMAS = 4
 DETAIL = 256  # px, side of a sheet's pictures
-SHEET_COLUMNS = ("input", "bicubic", "without DINO", "with DINO", "original")
 
 
 def load_checkpoint(folder: Path, device: torch.device) -> FluxDinoTilePipeline:
@@ -136,6 +135,8 @@ def measure_pictures(results: Sequence[Upscaled], judge: Callable, borders) -> d
     )
     numbers["strength_effect"] = effects.mean(axis=0).tolist()
     numbers["strength_is_monotone"] = all(is_monotone(effect) for effect in effects.tolist())
+    numbers["grid_ratio"] = bootstrap_mean([grid_ratio(result.with_dino[0]) for result in results])
+    numbers["grid_ratio_original"] = bootstrap_mean([grid_ratio(result.original[0]) for result in results])
     if borders[0] or borders[1]:
         numbers["seam_ratio"] = bootstrap_mean([seam_ratio(result.with_dino[0], *borders) for result in results])
         numbers["seam_ratio_original"] = bootstrap_mean(
@@ -166,7 +167,7 @@ def measure_vae(pipe: FluxDinoTilePipeline, results: Sequence[Upscaled]) -> dict
 
 
 def make_sheet(results: Sequence[Upscaled]) -> Image.Image:
-    """A row for each photo: the middle of the input, enlarged without smoothing, and of the others as they are."""
+    """A row for each photo: the middle of the input (in blocks), bicubic, without DINO, with DINO, and original."""
     rows = []
     for result in results:
         side = result.original.shape[-1]
