@@ -114,6 +114,26 @@ class TextEmbeddings:
         return float(torch.cat(squares).mean().sqrt())
 
 
+class EmptyPrompt:
+    """
+    The stored embeddings of the empty prompt for every caption, in place of [`TextEmbeddings`], for a base without
+    text encoders.
+
+    Args:
+        prompt_embeds (`torch.Tensor` of shape `(1, tokens, joint_attention_dim)`): T5's.
+        pooled_prompt_embeds (`torch.Tensor` of shape `(1, pooled_projection_dim)`): CLIP's.
+    """
+
+    def __init__(self, prompt_embeds: torch.Tensor, pooled_prompt_embeds: torch.Tensor):
+        self.prompt_embeds, self.pooled_prompt_embeds = prompt_embeds, pooled_prompt_embeds
+
+    def __call__(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.prompt_embeds.repeat(len(captions), 1, 1), self.pooled_prompt_embeds.repeat(len(captions), 1)
+
+    def token_rms(self) -> float:
+        return float(self.prompt_embeds.float().square().mean().sqrt())
+
+
 def text_fingerprint(pipe: FluxDinoTilePipeline) -> str:
     vocabularies = [tokenizer.get_vocab() for tokenizer in (pipe.tokenizer, pipe.tokenizer_2)]
     encoders = [model_fingerprint(encoder) for encoder in (pipe.text_encoder, pipe.text_encoder_2)]

@@ -14,7 +14,9 @@
 
 """A training run from its start, or a checkpoint, to the projector that inference loads."""
 
+import math
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -28,9 +30,9 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gath
 from torchdata.stateful_dataloader import StatefulDataLoader
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from pipeline_flux_dino_tile import FluxDinoTilePipeline
+from pipeline_flux_dino_tile import FluxDinoTilePipeline, load_prompt_embeds
 
-from .cache import TensorCache, TextEmbeddings, cache_key, model_fingerprint, text_fingerprint
+from .cache import EmptyPrompt, TensorCache, TextEmbeddings, cache_key, model_fingerprint, text_fingerprint
 from .checkpoints import (
     checkpoint_step,
     find_checkpoint,
@@ -93,6 +95,7 @@ FREE_OPTIONS = {
     "precomputed_dir",
     "resume_from_checkpoint",
     "checkpointing_steps",
+    "max_train_seconds",
     "checkpoints_total_limit",
     "validation_steps",
     "validation_data_dir",
@@ -105,10 +108,17 @@ DATA_FOLDERS = {"train_data_dir", "train_shards"}
 
 
 class StopSignal:
-    """Notes SIGTERM and Ctrl-C, so that the step at hand can be finished; a second Ctrl-C interrupts at once."""
+    """
+    Notes SIGTERM and Ctrl-C, so that the step at hand can be finished; a second Ctrl-C interrupts at once. The end of
+    the time counts as a signal.
 
-    def __init__(self):
+    Args:
+        seconds (`float`, *optional*): From now on.
+    """
+
+    def __init__(self, seconds: float | None = None):
         self.name: str | None = None
+        self.deadline = math.inf if seconds is None else time.monotonic() + seconds
 
     def handle(self, number: int, frame) -> None:
         if self.name is not None and number == signal.SIGINT:
@@ -116,8 +126,9 @@ class StopSignal:
         self.name = signal.Signals(number).name
 
     def reached_any(self, accelerator: Accelerator) -> bool:
-        """Whether some process got a signal."""
-        flag = torch.tensor(float(self.name is not None), device=accelerator.device)
+        """Whether some process got a signal, or the time is up."""
+        is_stopped = self.name is not None or time.monotonic() >= self.deadline
+        flag = torch.tensor(float(is_stopped), device=accelerator.device)
         return bool(accelerator.reduce(flag, "sum") > 0)
 
     @contextmanager
@@ -188,8 +199,13 @@ def compute_text_embeddings(args, device, source: Source, cache: TensorCache, op
 def load_text_embeddings(args, accelerator: Accelerator, source: Source, dtype: torch.dtype):
     """
     An embedder of captions, and the root mean square of text tokens. The text encoders stay in memory only where the
-    captions are not known beforehand, in a stream.
+    captions are not known beforehand, in a stream. A base that brings `prompt_embeds.safetensors` needs none without
+    captions.
     """
+    name, revision = args.pretrained_model_name_or_path, args.revision
+    if not uses_captions(args) and (stored := load_prompt_embeds(name, revision, None)) is not None:
+        empty_prompt = EmptyPrompt(*stored)
+        return empty_prompt, empty_prompt.token_rms()
     keeps_encoders = not isinstance(source, ListedSource) and uses_captions(args)
     cache, options = TensorCache(Path(args.precomputed_dir) / "text"), (args.max_sequence_length, dtype)
     embed_captions, rms = None, None
@@ -429,7 +445,7 @@ def train(args, quantization_config: Any = None) -> bool:
         validator = Validator(trainer, source if held_out is None else ImageFolder(held_out, args.seed, None), args)
         print(describe_run(trainer, source, len(validator.examples), args), flush=True)
     accelerator.init_trackers(args.tracker_project_name, {name: str(value) for name, value in vars(args).items()})
-    stop = StopSignal()
+    stop = StopSignal(args.max_train_seconds)
     with stop.installed():
         is_finished, validation = run_steps(trainer, loader, validator, stop, args)
     if is_finished and validator is not None:

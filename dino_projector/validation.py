@@ -61,18 +61,17 @@ def bin_centers(sigma_min: float, sigma_max: float, count: int) -> list[float]:
 
 
 @torch.no_grad()
-def validation_losses(
+def example_losses(
     pipe: FluxDinoTilePipeline,
     plan: TilePlan,
     examples: Sequence[Example],
     branch: PromptBranch,
     guidance: torch.Tensor | None,
     sigmas: Sequence[float],
-) -> dict[str, list[float]]:
-    """For each of `CONDITIONS` the mean loss at each sigma."""
-    losses: dict[str, list[float]] = {name: [] for name in CONDITIONS}
-    for sigma in sigmas:
-        totals = dict.fromkeys(CONDITIONS, 0.0)
+) -> dict[str, np.ndarray]:
+    """For each of `CONDITIONS` the losses `(len(sigmas), len(examples))`. Other tokens are the next example's."""
+    losses = {name: np.empty((len(sigmas), len(examples))) for name in CONDITIONS}
+    for row, sigma in enumerate(sigmas):
         for index, example in enumerate(examples):
             other = examples[(index + 1) % len(examples)]
             conditions = {"with_tokens": example.features, "without_tokens": None, "other_tokens": other.features}
@@ -80,10 +79,13 @@ def validation_losses(
             inputs = StepInputs(example.latents, example.noise, sigma_of_sample, example.features, branch, guidance)
             for name, features in conditions.items():
                 dino = None if features is None else pipe.prepare_dino_tokens(features, plan, 1.0)
-                totals[name] += float(denoising_losses(pipe, inputs, dino))
-        for name, total in totals.items():
-            losses[name].append(total / len(examples))
+                losses[name][row, index] = float(denoising_losses(pipe, inputs, dino))
     return losses
+
+
+def validation_losses(*arguments) -> dict[str, list[float]]:
+    """For each of `CONDITIONS` the mean loss at each sigma, from the arguments of [`example_losses`]."""
+    return {name: losses.mean(axis=1).tolist() for name, losses in example_losses(*arguments).items()}
 
 
 def summarize(losses: dict[str, list[float]], sigmas: Sequence[float]) -> dict[str, float]:

@@ -177,6 +177,12 @@ def build_parser() -> Parser:
     add("--train_batch_size", type=number(int, 1), default=4, metavar="N", help="per process (default: 4)")
     add("--gradient_accumulation_steps", type=number(int, 1), default=1, metavar="N", help="(default: 1)")
     add("--max_train_steps", type=number(int, 1), default=20000, metavar="N", help="(default: 20000)")
+    add(
+        "--max_train_seconds",
+        type=number(float, 0),
+        metavar="SECONDS",
+        help="stop with a checkpoint after this time of training (default: train to the last step)",
+    )
     add("--learning_rate", type=number(float, 0), default=1e-4, metavar="RATE", help="(default: 1e-4)")
     schedules = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
     add("--lr_scheduler", choices=schedules, default="cosine", help="(default: cosine)")

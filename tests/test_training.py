@@ -23,7 +23,14 @@ from training_runs import arguments, parse, save_model, save_photos, start
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from dino_projector import run
-from dino_projector.cache import TensorCache, TextEmbeddings, cache_key, model_fingerprint, text_fingerprint
+from dino_projector.cache import (
+    EmptyPrompt,
+    TensorCache,
+    TextEmbeddings,
+    cache_key,
+    model_fingerprint,
+    text_fingerprint,
+)
 from dino_projector.conditioning import Dropout, draw_caption, draw_log_scale
 from dino_projector.data import sample_rng
 from dino_projector.models import ReduxTeacher, distillation_loss, match_token_rms
@@ -237,6 +244,20 @@ def test_nan_stops_with_the_names_before_the_weights_are_touched(schnell, photos
         trainer.train_step([batch])
     assert all(name in str(error.value) for name in batch["name"])
     assert torch.equal(trainer.projector.linear_1.weight, before)
+
+
+def test_the_empty_prompt_stands_for_every_caption():
+    prompt = EmptyPrompt(torch.full((1, 3, 4), 2.0), torch.zeros(1, 5))
+    embeds, pooled = prompt(["", "a"])
+    assert embeds.shape == (2, 3, 4) and pooled.shape == (2, 5)
+    assert prompt.token_rms() == 2
+
+
+def test_the_end_of_the_time_stops_as_a_signal_does():
+    accelerator = Accelerator(cpu=True)
+    assert run.StopSignal(0.0).reached_any(accelerator)
+    assert not run.StopSignal(1000.0).reached_any(accelerator)
+    assert not run.StopSignal().reached_any(accelerator)
 
 
 # ---- What is drawn -------------------------------------------------------------------------------------------------

@@ -1,0 +1,69 @@
+# Copyright 2026 The flux-dino-tile authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Puts the stages' models together to the checkpoint, a folder for `from_pretrained` and `load_dino_projector`."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, FluxTransformer2DModel
+
+from pipeline_flux_dino_tile import MODULE_NAME, PROMPT_EMBEDS_NAME, DinoProjector
+
+from ..checkpoints import list_checkpoints, replace_folder
+from ..models import ENCODER_FOLDER, PROJECTOR_FOLDER
+from .flux import make_pipeline
+from .stages import MAX_SHARD_SIZE, find_trained
+
+
+CHECKPOINT_FOLDER = "checkpoint"
+PROJECTOR_RUN_FOLDER = "projector"
+MAX_FILE_BYTES = 16 * 2**20
+MAX_TOTAL_BYTES = 48 * 2**20
+
+
+def assemble(work: Path) -> Path:
+    """Writes the checkpoint of all that is trained so far, with the projector if there is one; returns its folder."""
+    dtype = {"torch_dtype": torch.float16}
+    vae = AutoencoderKL.from_pretrained(find_trained(work, "vae"), **dtype)
+    transformer = FluxTransformer2DModel.from_pretrained(find_trained(work, "flux"), **dtype)
+    encoder, prompt_embeds = find_trained(work, "dino"), find_trained(work, "flux") / PROMPT_EMBEDS_NAME
+    projectors = list_checkpoints(work / PROJECTOR_RUN_FOLDER)
+
+    def write(folder: Path) -> None:
+        make_pipeline(vae, transformer).save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+        # Where the checkpoint lies within this project, the pipeline is installed.
+        (folder / f"{MODULE_NAME}.py").unlink()
+        shutil.copytree(encoder, folder / ENCODER_FOLDER)
+        shutil.copyfile(prompt_embeds, folder / PROMPT_EMBEDS_NAME)
+        if projectors:
+            projector = DinoProjector.from_pretrained(projectors[-1] / PROJECTOR_FOLDER, **dtype)
+            projector.save_pretrained(folder / PROJECTOR_FOLDER)
+        check_sizes(folder)
+
+    replace_folder(work / CHECKPOINT_FOLDER, write)
+    return work / CHECKPOINT_FOLDER
+
+
+def check_sizes(folder: Path, max_file: int = MAX_FILE_BYTES, max_total: int = MAX_TOTAL_BYTES) -> int:
+    """The bytes of all files; raises a `ValueError` if they, or one of them, are too many for a repository."""
+    sizes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    for path, size in sizes.items():
+        if size >= max_file:
+            raise ValueError(f"{path.name} has {size} bytes, not below {max_file}: lower MAX_SHARD_SIZE")
+    total = sum(sizes.values())
+    if total >= max_total:
+        raise ValueError(f"the checkpoint has {total} bytes, not below {max_total}: choose smaller sizes")
+    return total

@@ -1,0 +1,233 @@
+# Copyright 2026 The flux-dino-tile authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What the checkpoint does on held-out photos, enlarged four times: a table of numbers and a sheet of pictures."""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from pipeline_flux_dino_tile import FluxDinoTilePipeline
+
+from ..data import ImageFolder, Sampling, first_pairs, to_bytes
+from ..validation import CONDITIONS, bin_centers, example_losses, make_examples
+from .crops import center_crop, load_photos
+from .metrics import Interval, bootstrap_mean, gradient_energy, grid_ratio, is_monotone, psnr, seam_ratio
+from .projector import SIGMA_MAX, SIGMA_MIN
+
+
+FACTOR = 4
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+LOSS_CROPS = 4  # of each photo
+NUM_SIGMAS = 4
+DETAIL = 256  # px, side of a sheet's pictures
+
+
+def load_checkpoint(folder: Path, device: torch.device) -> FluxDinoTilePipeline:
+    """Through the calls of every user."""
+    pipe = FluxDinoTilePipeline.from_pretrained(folder, dtype=torch.float32).to(device)
+    pipe.load_dino_projector(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def to_picture(pixels: torch.Tensor) -> Image.Image:
+    """A `(1, 3, height, width)` tensor in [-1, 1]."""
+    return Image.fromarray(((pixels[0].permute(1, 2, 0) + 1) * 127.5).round().byte().cpu().numpy())
+
+
+def to_pixels(picture: Image.Image) -> torch.Tensor:
+    return to_bytes(picture)[None].float() / 127.5 - 1
+
+
+class Upscaled:
+    """
+    A held-out photo and its enlargements, `(1, 3, side, side)` in [-1, 1].
+
+    Args:
+        pipe ([`FluxDinoTilePipeline`]): The checkpoint.
+        photo (`torch.Tensor`): Bytes `(3, height, width)`.
+        other (`torch.Tensor`): Another photo, whose tokens are tried too.
+        side (`int`): Of the enlargement, in pixels.
+        tile_size (`int`, *optional*): In pixels; the planner's choice by default.
+        seed (`int`): Of the noise.
+    """
+
+    def __init__(self, pipe, photo: torch.Tensor, other: torch.Tensor, side: int, tile_size: int | None, seed: int):
+        self.original = center_crop(photo, side)
+        self.small, other_small = (
+            to_picture(center_crop(item, side)).resize((side // FACTOR,) * 2, Image.Resampling.BICUBIC)
+            for item in (photo, other)
+        )
+        self.bicubic = to_pixels(self.small.resize((side, side), Image.Resampling.BICUBIC))
+        size: dict[str, Any] = {"upscale_factor": FACTOR, "tile_size": tile_size}
+        features, other_features = (pipe.encode_dino(item, **size) for item in (self.small, other_small))
+
+        def upscale(features: torch.Tensor, strength: float) -> torch.Tensor:
+            generator = torch.Generator().manual_seed(seed)
+            call = {"dino_embeds": features, "dino_conditioning_scale": strength, "generator": generator, **size}
+            return to_pixels(pipe(image=self.small, **call).images[0])
+
+        self.by_strength = [upscale(features, strength) for strength in STRENGTHS]
+        self.without, self.with_dino = self.by_strength[0], self.by_strength[-1]
+        self.with_other = upscale(other_features, 1.0)
+
+
+def velocity_losses(pipe: FluxDinoTilePipeline, held_out: Path, resolution: int, seed: int) -> dict[str, np.ndarray]:
+    """For each of the validation's conditions the losses `(NUM_SIGMAS, photos)`, each over `LOSS_CROPS` crops."""
+    source = ImageFolder(held_out, seed)
+    sampling = Sampling(resolution, (float(FACTOR), float(FACTOR)), ("bicubic",))
+    plan = pipe.plan_tiles(resolution, resolution, resolution)
+    pipe._joint_attention_kwargs = {}
+    stored: Any = pipe.default_prompt_embeds
+    embeds = dict(zip(("prompt_embeds", "pooled_prompt_embeds"), stored))
+    branch = pipe.encode_branch("", dict.fromkeys(("prompt", "prompt_2")), embeds, None, 1, stored[0].shape[1])
+    sigmas = bin_centers(SIGMA_MIN, SIGMA_MAX, NUM_SIGMAS)
+    losses = []
+    for crop in range(LOSS_CROPS):
+        pairs = first_pairs(source, len(source), sampling, pipe.image_processor, seed + crop)
+        examples = make_examples(pipe, plan, pairs, seed + crop)
+        losses.append(example_losses(pipe, plan, examples, branch, None, sigmas))
+    return {name: np.mean([entry[name] for entry in losses], axis=0) for name in CONDITIONS}
+
+
+def tile_borders(pipe: FluxDinoTilePipeline, side: int, tile_size: int | None) -> tuple[list[int], list[int]]:
+    """The first pixel rows and columns beyond the tiles' borders inside the picture."""
+    plan = pipe.plan_tiles(side, side, tile_size)
+    rows = {*plan.tops[1:], *(top + plan.tile_height for top in plan.tops[:-1])}
+    columns = {*plan.lefts[1:], *(left + plan.tile_width for left in plan.lefts[:-1])}
+    return sorted(rows), sorted(columns)
+
+
+def measure_pictures(results: Sequence[Upscaled], judge: Callable, borders) -> dict[str, Any]:
+    """Of enlarged photos: sharpness, perceptual distance, strength and seams."""
+    numbers: dict[str, Any] = {}
+    kinds = ("bicubic", "without", "with_dino", "with_other")
+    distances = {}
+    for kind in kinds:
+        pairs = [(getattr(result, kind), result.original) for result in results]
+        distances[kind] = np.array([float(judge(*pair)) for pair in pairs])
+        energies = [float(gradient_energy(picture) / gradient_energy(original)) for picture, original in pairs]
+        numbers[f"gradient_energy_{kind}"] = bootstrap_mean(energies)
+        numbers[f"psnr_{kind}"] = bootstrap_mean([float(psnr(*pair)) for pair in pairs])
+        numbers[f"distance_{kind}"] = bootstrap_mean(distances[kind])
+    for kind in ("bicubic", "without", "with_other"):
+        numbers[f"distance_{kind}_minus_with_dino"] = bootstrap_mean(distances[kind] - distances["with_dino"])
+    effects = np.array(
+        [[float(F.l1_loss(picture, result.without)) for picture in result.by_strength] for result in results]
+    )
+    numbers["strength_effect"] = effects.mean(axis=0).tolist()
+    numbers["strength_is_monotone"] = all(is_monotone(effect) for effect in effects.tolist())
+    numbers["grid_ratio"] = bootstrap_mean([grid_ratio(result.with_dino[0]) for result in results])
+    numbers["grid_ratio_original"] = bootstrap_mean([grid_ratio(result.original[0]) for result in results])
+    if borders[0] or borders[1]:
+        numbers["seam_ratio"] = bootstrap_mean([seam_ratio(result.with_dino[0], *borders) for result in results])
+        numbers["seam_ratio_original"] = bootstrap_mean(
+            [seam_ratio(result.original[0], *borders) for result in results]
+        )
+    return numbers
+
+
+def measure_losses(losses: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Means of the conditions, and by how much the right tokens lower a photo's loss, in percent of it."""
+    by_photo = {name: values.mean(axis=0) for name, values in losses.items()}
+    numbers: dict[str, Any] = {f"loss_{name}": bootstrap_mean(values) for name, values in by_photo.items()}
+    for name in CONDITIONS[1:]:
+        gaps = 100 * (by_photo[name] / by_photo["with_tokens"] - 1)
+        numbers[f"loss_gap_{name}_percent"] = bootstrap_mean(gaps)
+    return numbers
+
+
+@torch.no_grad()
+def measure_vae(pipe: FluxDinoTilePipeline, results: Sequence[Upscaled]) -> dict[str, Any]:
+    values, energies = [], []
+    for result in results:
+        images = result.original.to(pipe.device)
+        decoded = pipe.vae.decode(pipe.vae.encode(images).latent_dist.mean).sample.clamp(-1, 1)
+        values.append(float(psnr(decoded, images)))
+        energies.append(float(gradient_energy(decoded) / gradient_energy(images)))
+    return {"vae_psnr": bootstrap_mean(values), "vae_gradient_energy": bootstrap_mean(energies)}
+
+
+def make_sheet(results: Sequence[Upscaled]) -> Image.Image:
+    """A row for each photo: the middle of the input (in blocks), bicubic, without DINO, with DINO, and original."""
+    rows = []
+    for result in results:
+        side = result.original.shape[-1]
+        detail = min(DETAIL, side)
+        start = (side - detail) // 2
+        blocks = to_pixels(result.small.resize((side, side), Image.Resampling.NEAREST))
+        pictures = (blocks, result.bicubic, result.without, result.with_dino, result.original)
+        cut = [picture[..., start : start + detail, start : start + detail] for picture in pictures]
+        rows.append(torch.cat(cut, dim=3))
+    return to_picture(torch.cat(rows, dim=2))
+
+
+def format_table(numbers: dict[str, Any]) -> str:
+    """Markdown, with the intervals of 95 %."""
+    rows = []
+    for name, value in numbers.items():
+        if isinstance(value, Interval):
+            text = f"{value.mean:.4f} ({value.low:.4f} to {value.high:.4f})"
+        elif isinstance(value, list):
+            text = ", ".join(f"{item:.4f}" for item in value)
+        else:
+            text = f"{value:.4f}" if isinstance(value, float) else str(value)
+        rows.append(f"| {name.replace('_', ' ')} | {text} |")
+    return "\n".join(["| what | mean, with its bootstrap interval of 95 % |", "|---|---|", *rows]) + "\n"
+
+
+def time_call(folder: Path, side: int, tile_size: int | None) -> float:
+    """Seconds on the CPU from nothing loaded to the enlarged picture."""
+    start = time.monotonic()
+    pipe = load_checkpoint(folder, torch.device("cpu"))
+    small = Image.effect_noise((side // FACTOR,) * 2, 50).convert("RGB")
+    pipe(image=small, upscale_factor=FACTOR, tile_size=tile_size)
+    return time.monotonic() - start
+
+
+def evaluate(
+    checkpoint: Path,
+    held_out: Path,
+    resolution: int,
+    tile_size: int | None,
+    seed: int,
+    device: torch.device,
+    judge: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> tuple[dict[str, Any], Image.Image]:
+    """
+    The numbers and the sheet.
+
+    Args:
+        checkpoint (`Path`): From [`assemble`].
+        held_out (`Path`): Folder of photos that were not trained on.
+        resolution (`int`): Of the crops that the projector was trained on; photos are enlarged to four times that.
+        judge (`Callable`): A [`Judge`].
+    """
+    pipe = load_checkpoint(checkpoint, device)
+    numbers = measure_losses(velocity_losses(pipe, held_out, resolution, seed))
+    side, photos = FACTOR * resolution, load_photos(held_out, torch.device("cpu"))
+    others = [*photos[1:], photos[0]]
+    results = [Upscaled(pipe, photo, other, side, tile_size, seed) for photo, other in zip(photos, others)]
+    numbers |= measure_vae(pipe, results)
+    numbers |= measure_pictures(results, judge, tile_borders(pipe, side, tile_size))
+    numbers["seconds_on_cpu"] = time_call(checkpoint, side, tile_size)
+    numbers["cpu_threads"] = torch.get_num_threads()
+    return numbers, make_sheet(results)

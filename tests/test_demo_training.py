@@ -1,0 +1,373 @@
+# Copyright 2026 The flux-dino-tile authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The stages that train the embedded checkpoint's models, on tiny ones: they run, go on exactly, and fit together."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import train_demo
+from PIL import Image
+from safetensors.torch import load_file
+from training_runs import save_photos
+
+from dino_projector.data import sample_rng
+from dino_projector.demo_training import metrics, stages, vae
+from dino_projector.demo_training.assemble import CHECKPOINT_FOLDER, assemble, check_sizes
+from dino_projector.demo_training.captions import Language, describe_squares, place_codes
+from dino_projector.demo_training.crops import center_crop, draw_crops, load_photos
+from dino_projector.demo_training.dino import DinoStage, balance, degrade_crops, linear_r2
+from dino_projector.demo_training.evaluate import evaluate, format_table
+from dino_projector.demo_training.flux import FluxStage
+from dino_projector.demo_training.sizes import SIZES, count_weights, make_dino, make_transformer, make_vae
+from dino_projector.demo_training.stages import load_shards, run_stage, save_shards, update_average
+from dino_projector.demo_training.vae import VaeStage
+from pipeline_flux_dino_tile import DinoProjector, FluxDinoTilePipeline
+
+
+CPU = torch.device("cpu")
+TINY = SIZES["tiny"]._replace(batch=2)
+STAGES = {stage.name: stage for stage in (VaeStage, DinoStage, FluxStage)}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A folder with four photos in `train` and two in `held_out`."""
+    root = tmp_path_factory.mktemp("photos")
+    save_photos(root / "train", 128)
+    (root / "held_out").mkdir()
+    for name in ("coffee", "dogs"):
+        (root / "train" / f"{name}.png").rename(root / "held_out" / f"{name}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def loaded(photos):
+    return [load_photos(photos / part, CPU) for part in ("train", "held_out")]
+
+
+def command(photos: Path, work: Path, stage: str, *more: object) -> list[str]:
+    options = ["--photos", photos, "--work", work, "--size", "tiny", "--cpu", "--workers", 0, *more]
+    return [stage, *map(str, options)]
+
+
+@pytest.fixture(scope="module")
+def work(photos, tmp_path_factory):
+    """The folder in which every training stage has made two steps, through the command line."""
+    folder = tmp_path_factory.mktemp("work")
+    for stage in ("vae", "dino", "flux", "projector", "assemble"):
+        assert train_demo.main(command(photos, folder, stage, "--steps", 2)) == 0
+    return folder
+
+
+# ---- Stages --------------------------------------------------------------------------------------------------------
+
+
+def train_to(name, steps, loaded, folder, seed=0):
+    stage = STAGES[name](TINY, loaded[0], folder, seed, CPU)
+    return stage, run_stage(stage, loaded[1], None, steps)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_that_goes_on_equals_one_that_was_not_stopped(name, loaded, work, tmp_path, monkeypatch):
+    monkeypatch.setattr(vae, "ADVERSARY_STEPS", 1)
+    for folder in ("whole", "parts"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "vae").symlink_to(work / "vae") if name == "flux" else None
+    whole, _ = train_to(name, 3, loaded, tmp_path / "whole")
+    train_to(name, 1, loaded, tmp_path / "parts")
+    parts, numbers = train_to(name, 3, loaded, tmp_path / "parts")
+    assert numbers["steps"] == 3
+    expected, found = dict(whole.state_tensors()), dict(parts.state_tensors())
+    assert expected.keys() == found.keys()
+    for key, tensor in expected.items():
+        torch.testing.assert_close(found[key], tensor, rtol=0, atol=0, msg=key)
+    saved = load_shards(tmp_path / "parts" / name / stages.STATE_FOLDER)
+    assert saved.keys() == expected.keys()
+
+
+def test_a_stage_ends_with_its_time(loaded, tmp_path):
+    stage = DinoStage(TINY, loaded[0], tmp_path, 0, CPU)
+    assert run_stage(stage, loaded[1], 0.0, None)["steps"] == 0
+
+
+def test_another_seed_is_refused(loaded, work):
+    with pytest.raises(ValueError, match=r"--seed 1: .* was made with 0"):
+        DinoStage(SIZES["tiny"], loaded[0], work, 1, CPU).resume()
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_model_that_travelled_without_its_state_goes_on(name, loaded, work, tmp_path, capsys):
+    shutil.copytree(work / "vae", tmp_path / "vae")
+    if name != "vae":
+        shutil.copytree(work / name / stages.MODEL_FOLDER, tmp_path / name / stages.MODEL_FOLDER)
+    else:
+        shutil.rmtree(tmp_path / "vae" / stages.STATE_FOLDER)
+    stage = STAGES[name](TINY, loaded[0], tmp_path, 1, CPU)
+    stage.resume()
+    assert "starts from" in capsys.readouterr().out
+    saved = type(stage.copies[0]).from_pretrained(work / name / stages.MODEL_FOLDER).state_dict()
+    for copy in stage.copies:
+        assert all(torch.equal(tensor, saved[key]) for key, tensor in copy.state_dict().items())
+
+
+def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(loaded, tmp_path):
+    stage = DinoStage(TINY, loaded[0], tmp_path, 0, CPU)
+    stage.train_step = lambda: {"loss": torch.tensor(float("nan"))}
+    with pytest.raises(ValueError, match="dino: the loss is not finite at step 1"):
+        run_stage(stage, loaded[1], None, 1)
+    assert not (tmp_path / "dino").exists()
+
+
+def test_flux_needs_the_vae(loaded, tmp_path):
+    with pytest.raises(ValueError, match="there is no vae yet; run the stage vae first"):
+        FluxStage(TINY, loaded[0], tmp_path, 0, CPU)
+
+
+def test_shards_stay_below_their_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "MAX_SHARD_BYTES", 1000)
+    tensors = {f"t{index}": torch.full((100,), float(index)) for index in range(7)}
+    save_shards(tensors, tmp_path)
+    files = list(tmp_path.iterdir())
+    assert len(files) == 4 and all(sum(t.nbytes for t in load_file(file).values()) <= 1000 for file in files)
+    for name, tensor in load_shards(tmp_path).items():
+        assert torch.equal(tensor, tensors[name])
+
+
+def test_the_average_follows():
+    model, average = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
+    model.weight.data.fill_(1)
+    average.weight.data.fill_(0)
+    update_average(average, model, 0)
+    assert average.weight.item() == pytest.approx(0.9)
+    update_average(average, model, 10**9, 0.5)
+    assert average.weight.item() == pytest.approx(0.95)
+
+
+def test_the_demo_fits_its_size():
+    sizes = SIZES["demo"]
+    projector = DinoProjector(sizes.dino_dim, sizes.text_dim, sizes.projector_dim)
+    models = [make_vae(sizes), make_transformer(sizes), make_dino(sizes), projector]
+    assert 2 * sum(map(count_weights, models)) < 47 * 2**20
+
+
+# ---- Crops and losses ----------------------------------------------------------------------------------------------
+
+
+def test_crops_depend_on_the_generator_only(loaded):
+    crops = [draw_crops(loaded[0], 5, 64, sample_rng(3, step)) for step in (7, 7, 8)]
+    assert crops[0].shape == (5, 3, 64, 64) and crops[0].abs().max() <= 1
+    assert torch.equal(crops[0], crops[1])
+    assert not torch.equal(crops[0], crops[2])
+
+
+def test_photos_that_are_too_small_are_said(loaded, tmp_path):
+    with pytest.raises(ValueError, match="no photo has 512 px on both sides"):
+        draw_crops(loaded[0], 1, 512, sample_rng(0, 0))
+    with pytest.raises(ValueError, match="fetch_photos"):
+        load_photos(tmp_path, CPU)
+
+
+def test_the_center_crop_is_the_middle():
+    photo = torch.zeros(3, 4, 8, dtype=torch.uint8)
+    photo[..., 2:6] = 255
+    assert torch.equal(center_crop(photo, 4), torch.ones(1, 3, 4, 4))
+
+
+def test_the_vae_loss_makes_blur_dear():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(2, 3, 32, 32, generator=generator) * 2 - 1
+    assert float(vae.reconstruction_loss(images, images)) == 0
+    blurred = torch.nn.functional.avg_pool2d(images, 3, 1, 1)
+    shaken = images + (blurred - images).abs().mean() * torch.randn(images.shape, generator=generator).sign()
+    l1 = [float((other - images).abs().mean()) for other in (blurred, shaken)]
+    assert l1[0] == pytest.approx(l1[1], rel=1e-3)
+    energies = [float((vae.local_edge_energy(x) - vae.local_edge_energy(images)).mean()) for x in (blurred, shaken)]
+    assert energies[0] < 0 < energies[1]
+
+
+def test_balance_uses_every_prototype_alike():
+    choices = balance(torch.randn(64, 8, generator=torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(choices.sum(1), torch.ones(64))
+    torch.testing.assert_close(choices.sum(0), torch.full((8,), 8.0), rtol=0.1, atol=0)
+
+
+def test_a_linear_readout_finds_what_is_linear():
+    generator = torch.Generator().manual_seed(0)
+    features, noise = torch.randn(400, 5, generator=generator), torch.randn(400, 2, generator=generator)
+    targets = features @ torch.randn(5, 2, generator=generator) + 3
+    assert linear_r2(features[:200], targets[:200], features[200:], targets[200:]) == pytest.approx(1, abs=1e-3)
+    assert linear_r2(features[:200], noise[:200], features[200:], noise[200:]) == pytest.approx(0, abs=0.1)
+
+
+def test_degraded_crops_keep_size_and_brightness():
+    images = torch.full((2, 3, 32, 32), 0.25)
+    degraded = degrade_crops(images, sample_rng(0, 0))
+    assert degraded.shape == images.shape
+    assert float(degraded.mean()) == pytest.approx(0.25, abs=0.02)
+
+
+# ---- Captions ------------------------------------------------------------------------------------------------------
+
+
+def test_squares_are_described_where_they_are():
+    images = torch.zeros(1, 3, 32, 32)
+    images[:, 0, :16, 16:] = 1
+    features = describe_squares(images, 2)
+    assert features.shape == (1, 22, 2, 2)
+    assert features[0, 0].tolist() == [[0, 1], [0, 0]]
+
+
+def test_a_stripe_is_told_by_its_direction():
+    rows = torch.arange(32) % 4 // 2 * 2.0 - 1
+    pictures = [values.expand(1, 3, 32, 32).contiguous() for values in (rows, rows[:, None])]
+    across, along = (describe_squares(picture, 1)[0, 6:10, 0, 0] for picture in pictures)
+    assert across.argmax() == 0 and along.argmax() == 2
+
+
+def test_captions_have_the_scale_of_the_empty_prompt_and_depend_on_the_picture():
+    language = Language(64, CPU)
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    tokens = language.caption(images, 4)
+    assert tokens.shape == (2, 16, 64)
+    torch.testing.assert_close(tokens.square().mean(-1), torch.ones(2, 16))
+    assert not torch.allclose(tokens[0], tokens[1])
+    assert float(language.empty_prompt.square().mean()) == pytest.approx(1, abs=0.2)
+    assert torch.equal(Language(64, CPU).matrix, language.matrix)
+    codes = place_codes(4).flatten(1)
+    assert len({tuple(code.tolist()) for code in codes.T}) == 16
+
+
+# ---- The checkpoint ------------------------------------------------------------------------------------------------
+
+
+def test_the_checkpoint_loads_through_the_public_calls(work):
+    checkpoint = work / CHECKPOINT_FOLDER
+    assert not list(checkpoint.glob("*.py"))
+    pipe = FluxDinoTilePipeline.from_pretrained(checkpoint, dtype=torch.float32)
+    pipe.load_dino_projector(checkpoint)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.text_encoder is None and pipe.default_prompt_embeds is not None
+    assert pipe(image=Image.new("RGB", (16, 16), "teal")).images[0].size == (64, 64)
+    for file in checkpoint.rglob("*.safetensors"):
+        assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float16}
+
+
+def test_sizes_are_checked(work):
+    checkpoint = work / CHECKPOINT_FOLDER
+    assert check_sizes(checkpoint) == sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
+    with pytest.raises(ValueError, match="not below 1000: lower MAX_SHARD_SIZE"):
+        check_sizes(checkpoint, max_file=1000)
+    with pytest.raises(ValueError, match="not below 2000: choose smaller sizes"):
+        check_sizes(checkpoint, max_total=2000)
+
+
+def test_the_projector_goes_on(photos, work, capsys):
+    assert train_demo.main(command(photos, work, "projector", "--steps", 3)) == 0
+    assert "going on from" in capsys.readouterr().out
+    before = load_file(work / CHECKPOINT_FOLDER / "dino_projector" / "diffusion_pytorch_model.safetensors")
+    after = load_file(assemble(work) / "dino_projector" / "diffusion_pytorch_model.safetensors")
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_projector_stops_with_its_time(photos, work, capsys):
+    assert train_demo.main(command(photos, work, "projector", "--seconds", 0)) == 0
+    assert "stopped at step" in capsys.readouterr().out
+
+
+def test_the_evaluation_fills_its_table(photos, work):
+    def judge(images, originals):
+        return (images - originals).abs().mean((1, 2, 3))
+
+    numbers, sheet = evaluate(work / CHECKPOINT_FOLDER, photos / "held_out", 32, 96, 0, CPU, judge)
+    assert sheet.size == (5 * 128, 2 * 128)
+    table = format_table(numbers)
+    for name in ("vae psnr", "loss gap other tokens percent", "distance without minus with dino", "seam ratio"):
+        assert f"| {name} |" in table
+    assert numbers["strength_effect"][0] == 0
+    assert numbers["gradient_energy_bicubic"].mean < 1
+    json.dumps(numbers)
+
+
+def test_a_checkpoint_without_a_projector_is_said(photos, tmp_path, capsys):
+    pytest.importorskip("efficientnet_lite_pytorch")
+    assert train_demo.main(command(photos, tmp_path, "evaluate")) == 1
+    assert "has no checkpoint with a projector yet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["vae"], "the stage vae needs --seconds or --steps"),
+        (["vae", "--steps", "1", "--photos", "nowhere"], "--photos nowhere: has no folder train"),
+        (["paint"], "argument STAGE"),
+    ],
+)
+def test_wrong_usage_is_one_line(photos, tmp_path, capsys, more, message):
+    stage, *options = more
+    assert train_demo.main([stage, "--photos", str(photos), "--work", str(tmp_path), *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+# ---- Metrics -------------------------------------------------------------------------------------------------------
+
+
+def test_gradient_energy_and_psnr_of_known_pictures():
+    steps = torch.tensor([0.0, 1.0]).repeat(4).expand(1, 3, 8, 8)
+    assert float(metrics.gradient_energy(steps)) == pytest.approx(0.5)
+    assert float(metrics.psnr(torch.zeros(1, 3, 4, 4), torch.full((1, 3, 4, 4), 0.2))) == pytest.approx(20)
+
+
+def test_the_seam_ratio_of_a_ramp_is_one_and_of_a_step_its_height():
+    ramp = torch.arange(64.0).expand(3, 64, 64)
+    assert metrics.seam_ratio(ramp, [], [32]) == pytest.approx(1)
+    step = ramp + 2 * (torch.arange(64) >= 32)
+    assert metrics.seam_ratio(step, [], [32]) == pytest.approx(3)
+    assert metrics.seam_ratio(step.transpose(1, 2), [32], []) == pytest.approx(3)
+    # A grid of the VAE is no seam.
+    blocks = ramp + torch.arange(64) // 8
+    assert metrics.seam_ratio(blocks, [], [32]) == pytest.approx(1)
+
+
+def test_the_grid_ratio():
+    ramp = torch.arange(64.0).expand(3, 64, 64)
+    diagonal = ramp + ramp.transpose(1, 2)
+    assert metrics.grid_ratio(diagonal) == pytest.approx(1)
+    assert metrics.grid_ratio(diagonal + diagonal[:, :, :1] // 8 + diagonal[:, :1] // 8) == pytest.approx(2)
+
+
+def test_the_bootstrap_interval():
+    assert metrics.bootstrap_mean([2.0, 2.0, 2.0]) == (2, 2, 2)
+    interval = metrics.bootstrap_mean(list(range(100)))
+    assert interval.mean == 49.5
+    assert interval.low == pytest.approx(49.5 - 1.96 * 2.887, abs=0.3)
+    assert interval.high == pytest.approx(49.5 + 1.96 * 2.887, abs=0.3)
+
+
+def test_monotone():
+    assert metrics.is_monotone([0, 0.1, 0.1, 0.4])
+    assert not metrics.is_monotone([0, 0.2, 0.1])
+
+
+def test_the_judge_minds_blur_more_than_a_little_brightness(loaded):
+    pytest.importorskip("efficientnet_lite_pytorch")
+    judge = metrics.Judge()
+    original = center_crop(loaded[1][0], 128)
+    blurred = torch.nn.functional.avg_pool2d(original, 5, 1, 2)
+    assert float(judge(original, original)) == 0
+    assert float(judge(blurred, original)) > float(judge((original + 0.02).clamp(-1, 1), original))
