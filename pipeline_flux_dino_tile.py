@@ -198,8 +198,13 @@ class TilePlan(Sequence):
         return [Tile(top, left, self.tile_height, self.tile_width) for top in self.tops for left in self.lefts]
 
     @property
+    def tile_tokens(self) -> tuple[int, int]:
+        """Rows and columns of image tokens of a tile."""
+        return self.tile_height // self.pixels_per_token, self.tile_width // self.pixels_per_token
+
+    @property
     def tokens_per_tile(self) -> int:
-        return (self.tile_height // self.pixels_per_token) * (self.tile_width // self.pixels_per_token)
+        return math.prod(self.tile_tokens)
 
     def windows(self, pixels_per_cell: int = 1) -> Iterator[torch.Tensor]:
         """Yields each tile's blending weights `(rows, columns)`; at every cell of the canvas they sum to one."""
@@ -1482,7 +1487,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         processor would crop the tile's centre.)
         """
         patch_size = self.dino_encoder.config.patch_size
-        rows, columns = plan.tile_height // self.pixels_per_token, plan.tile_width // self.pixels_per_token
+        rows, columns = plan.tile_tokens
         device, config = self._execution_device, self.dino_projector.config
         mean, std = (
             torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (config.image_mean, config.image_std)
@@ -1509,9 +1514,8 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
     def prepare_dino_tokens(self, features: torch.Tensor, plan: TilePlan, scale: float) -> DinoTokens:
         r"""Projects features of [`~FluxDinoTilePipeline.encode_dino`] to tokens with positions."""
         device, dtype = self._execution_device, self.dino_projector.dtype
-        tile_tokens = (plan.tile_height // self.pixels_per_token, plan.tile_width // self.pixels_per_token)
         tokens = self.dino_projector(features.flatten(2, 3).to(device=device, dtype=dtype))
-        ids = self.dino_projector.position_ids(tuple(features.shape[2:4]), tile_tokens)
+        ids = self.dino_projector.position_ids(tuple(features.shape[2:4]), plan.tile_tokens)
         log_scale = None if scale == 1 else torch.full((1, 1), scale, device=device).log()
         return DinoTokens(tokens, ids.to(device), log_scale)
 
@@ -1523,9 +1527,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         strength, also 1 and 0, so that all take the same graph. Without tokens (strength 0) both are a placeholder.
         """
         if dino is None:
-            grid = self.dino_projector.grid(
-                (plan.tile_height // self.pixels_per_token, plan.tile_width // self.pixels_per_token)
-            )
+            grid = self.dino_projector.grid(plan.tile_tokens)
             features = torch.zeros(len(plan), batch_size, *grid, self.dino_projector.config.in_dim)
             dino = self.prepare_dino_tokens(features, plan, 0.0)
         silence = torch.full((1, 1), -torch.inf, device=dino.tokens.device)

@@ -125,9 +125,13 @@ class ProjectorTrainer:
         self.ema.to(self.accelerator.device)
 
 
-def prepare_transformer(pipe: FluxDinoTilePipeline, gradient_checkpointing: bool, compiles: bool) -> None:
-    # cuDNN's attention fails in the backward pass with an illegal memory access.
+def avoid_cudnn_attention() -> None:
+    """For the whole process: its backward pass fails with an illegal memory access."""
     torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def prepare_transformer(pipe: FluxDinoTilePipeline, gradient_checkpointing: bool, compiles: bool) -> None:
+    avoid_cudnn_attention()
     pipe._joint_attention_kwargs = {}
     if gradient_checkpointing:
         pipe.transformer.enable_gradient_checkpointing()

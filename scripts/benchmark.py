@@ -42,6 +42,7 @@ from upscale import (  # puts the root folder on the path
     UsageError,
     check_device,
     default_device,
+    is_quantized_layer,
     number,
     quantization_config,
 )
@@ -252,12 +253,11 @@ def apply_variant(pipe: FluxDinoTilePipeline, variant: str) -> None:
         from torchao.quantization import quantize_
 
         config = quantization_config("fp8", pipe.transformer.dtype)
-        kept = config.modules_to_not_convert
-
-        def is_quantized(module, name: str) -> bool:
-            return isinstance(module, torch.nn.Linear) and not any(f"{part}." in f"{name}.weight" for part in kept)
-
-        quantize_(pipe.transformer, config.quant_type, filter_fn=is_quantized)
+        quantize_(
+            pipe.transformer,
+            config.quant_type,
+            filter_fn=lambda module, name: isinstance(module, torch.nn.Linear) and is_quantized_layer(name),
+        )
     if "cudnn" in variant or variant == "fp8":
         # `transformer.set_attention_backend` would set it for the whole process.
         for module in pipe.transformer.modules():
@@ -322,14 +322,9 @@ def count_flops(call: Callable) -> float:
     return float(counter.get_total_flops())
 
 
-def token_sides(plan) -> tuple[int, int]:
-    """Rows and columns of a tile's tokens."""
-    return plan.tile_height // plan.pixels_per_token, plan.tile_width // plan.pixels_per_token
-
-
 def count_step(pipe, plan, dino_strength: float) -> tuple[int, float]:
     """Tokens (text, DINO and image) and operations of a transformer call for one tile."""
-    rows, columns = pipe.dino_projector.grid(token_sides(plan))
+    rows, columns = pipe.dino_projector.grid(plan.tile_tokens)
     num_dino_tokens = rows * columns if dino_strength > 0 else 0
     num_tokens = pipe.default_prompt_embeds[0].shape[1] + num_dino_tokens + plan.tokens_per_tile
     config = pipe.transformer.config
@@ -339,7 +334,7 @@ def count_step(pipe, plan, dino_strength: float) -> tuple[int, float]:
 
 def count_phase_flops(pipe: FluxDinoTilePipeline, plan, steps: int, dino_strength: float) -> dict[str, float]:
     """Operations for a whole image by phase, from a pipeline without data."""
-    rows, columns = token_sides(plan)
+    rows, columns = plan.tile_tokens
     with torch.device("meta"):
         pixels = torch.empty(1, 3, plan.tile_height, plan.tile_width)
         latents = torch.empty(1, pipe.latent_channels, 2 * rows, 2 * columns)
@@ -370,7 +365,7 @@ def measure_step(pipe, plan, dino_strength: float, repeats: int, ceiling: float)
     torch.compiler.reset()
     device = pipe._execution_device
     pipe._joint_attention_kwargs = {}
-    rows, columns = token_sides(plan)
+    rows, columns = plan.tile_tokens
     embeds, pooled_embeds = pipe.default_prompt_embeds
     num_text_tokens = embeds.shape[1]
     branch = PromptBranch(embeds, pooled_embeds, torch.zeros(num_text_tokens, 3, device=device), None)

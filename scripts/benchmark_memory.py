@@ -42,9 +42,9 @@ from upscale import (
     UsageError,
     check_device,
     default_device,
+    is_quantized_layer,
     number,
     place,
-    quantization_config,
 )
 
 
@@ -108,11 +108,9 @@ def quantize_nf4(transformer: FluxTransformer2DModel) -> None:
     """What loading with `--quantize nf4` does, for a transformer that was never saved."""
     import bitsandbytes as bnb
 
-    config = quantization_config("nf4", transformer.dtype)
-    kept = config.llm_int8_skip_modules
     layers = [(name, module) for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
     for name, layer in layers:
-        if any(f"{part}." in name or part == name for part in kept):
+        if not is_quantized_layer(name):
             continue
         settings: dict[str, Any] = {"compute_dtype": transformer.dtype, "quant_type": "nf4", "device": "meta"}
         packed = bnb.nn.Linear4bit(layer.in_features, layer.out_features, layer.bias is not None, **settings)

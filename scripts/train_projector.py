@@ -22,7 +22,6 @@ from functools import partial
 from typing import Any
 
 from upscale import (  # puts the root folder on the path
-    UNQUANTIZED_LAYERS,
     Parser,
     UsageError,
     check_repository,
@@ -30,6 +29,7 @@ from upscale import (  # puts the root folder on the path
     nonempty,
     number,
     quantization_config,
+    torchao_config,
 )
 
 from image_files import first_line
@@ -280,15 +280,12 @@ def training_quantization(kind: str, dtype) -> Any:
         return None
     if kind == "nf4":
         return quantization_config(kind, dtype)
-    from diffusers import TorchAoConfig
-
     try:
         from torchao.quantization import Float8WeightOnlyConfig
     except ImportError as error:
         raise UsageError(f"--quantization fp8: {first_line(error)}; the extra `quant` brings it") from None
     # The weights alone: the fast products of `upscale.py`, with activations in 8 bits, are for inference.
-    config = Float8WeightOnlyConfig(set_inductor_config=False)
-    return TorchAoConfig(config, modules_to_not_convert=[*UNQUANTIZED_LAYERS, "proj_out.weight"])
+    return torchao_config(Float8WeightOnlyConfig(set_inductor_config=False))
 
 
 def check_package(name: str, option: str) -> None:

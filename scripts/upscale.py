@@ -536,9 +536,21 @@ def load_flux(args: argparse.Namespace):
     return pipe
 
 
+def is_quantized_layer(name: str) -> bool:
+    """Whether `--quantize` takes the linear layer of this name in a FLUX.1 transformer."""
+    return name != "proj_out" and not any(f"{part}." in f"{name}." for part in UNQUANTIZED_LAYERS)
+
+
+def torchao_config(config):
+    """A torchao config for all layers but those that stay as they are, which diffusers knows by their weights."""
+    from diffusers import TorchAoConfig
+
+    return TorchAoConfig(config, modules_to_not_convert=[*UNQUANTIZED_LAYERS, "proj_out.weight"])
+
+
 def quantization_config(kind: str, dtype):
     """How diffusers quantizes a FLUX.1 transformer while it loads it; `dtype` is what it computes in."""
-    from diffusers import BitsAndBytesConfig, TorchAoConfig
+    from diffusers import BitsAndBytesConfig
 
     try:
         if kind == "nf4":
@@ -552,7 +564,7 @@ def quantization_config(kind: str, dtype):
 
         # torchao would tune the compiler for the whole process, so that compiling takes many minutes.
         config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
-        return TorchAoConfig(config, modules_to_not_convert=[*UNQUANTIZED_LAYERS, "proj_out.weight"])
+        return torchao_config(config)
     except ImportError as error:
         raise UsageError(f"--quantize {kind}: {first_line(error)}; the extra `quant` brings it") from None
 

@@ -372,6 +372,26 @@ def test_memory_is_a_recipe(memory):
     assert parse(*command, "--tile-batch-size", "2").tile_batch_size == 2
 
 
+def test_quantized_layers_are_the_large_ones_of_the_blocks():
+    """The whole list for one block of each kind; embedders, modulation and the last layers stay as they are."""
+    import torch
+
+    from tiny_models import tiny_transformer
+
+    transformer = tiny_transformer()
+    layers = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
+    quantized = {name for name in layers if upscale.is_quantized_layer(name)}
+    attention = ("to_q", "to_k", "to_v")
+    added = ("add_q_proj", "add_k_proj", "add_v_proj", "to_out.0", "to_add_out")
+    feed_forward = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
+    double = {*(f"attn.{name}" for name in attention + added), *feed_forward}
+    single = {*(f"attn.{name}" for name in attention), "proj_mlp", "proj_out"}
+    assert quantized == {
+        *(f"transformer_blocks.{index}.{name}" for index in range(2) for name in double),
+        *(f"single_transformer_blocks.{index}.{name}" for index in range(2) for name in single),
+    }
+
+
 def test_a_missing_quantizer_is_named_before_the_model_is_loaded(folder, tiny_model, capsys, monkeypatch):
     for module in ("torchao", "torchao.quantization"):
         monkeypatch.setitem(sys.modules, module, None)

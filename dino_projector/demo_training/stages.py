@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ..checkpoints import replace_folder
+from ..training import avoid_cudnn_attention
 from .sizes import Sizes
 
 
@@ -180,8 +181,7 @@ def run_stage(
     stage: Stage, held_out: list[torch.Tensor], seconds: float | None, max_steps: int | None
 ) -> dict[str, float]:
     """Trains for at most `seconds`, or until `max_steps` in all; saves, and returns and prints the numbers."""
-    # cuDNN's attention fails in the backward pass with an illegal memory access.
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    avoid_cudnn_attention()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     stage.resume()
     start, first = time.monotonic(), stage.step
