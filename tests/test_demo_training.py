@@ -29,7 +29,7 @@ from dino_projector.data import sample_rng
 from dino_projector.demo_training import metrics, stages, vae
 from dino_projector.demo_training.assemble import CHECKPOINT_FOLDER, assemble, check_sizes
 from dino_projector.demo_training.captions import Language, describe_squares, place_codes
-from dino_projector.demo_training.crops import center_crop, draw_crops, load_photos
+from dino_projector.demo_training.crops import center_crop, cut_crop, draw_crops, load_photos, make_pyramid
 from dino_projector.demo_training.dino import DinoStage, balance, degrade_crops, linear_r2
 from dino_projector.demo_training.evaluate import evaluate, format_table
 from dino_projector.demo_training.flux import FluxStage
@@ -169,15 +169,26 @@ def test_the_demo_fits_its_size():
 
 
 def test_crops_depend_on_the_generator_only(loaded):
-    crops = [draw_crops(loaded[0], 5, 64, sample_rng(3, step)) for step in (7, 7, 8)]
+    photos = [make_pyramid(photo, 64) for photo in loaded[0]]
+    crops = [draw_crops(photos, 5, 64, sample_rng(3, step)) for step in (7, 7, 8)]
     assert crops[0].shape == (5, 3, 64, 64) and crops[0].abs().max() <= 1
     assert torch.equal(crops[0], crops[1])
     assert not torch.equal(crops[0], crops[2])
 
 
+def test_a_crop_of_a_pyramid_is_that_of_the_photo():
+    ramp = torch.linspace(0, 255, 256).round().byte().expand(3, 128, 256)
+    pyramid = make_pyramid(ramp, 16)
+    assert [tuple(level.shape[1:]) for level in pyramid] == [(128, 256), (64, 128), (32, 64), (16, 32)]
+    for step in range(8):
+        from_pyramid, from_photo = (cut_crop(levels, 16, sample_rng(0, step)) for levels in (pyramid, [ramp]))
+        # A level is drawn from at its own pixels: the places differ by at most one of the smallest level's.
+        assert (from_pyramid.diff(dim=3).mean() - from_photo.diff(dim=3).mean()).abs() < 0.004
+
+
 def test_photos_that_are_too_small_are_said(loaded, tmp_path):
     with pytest.raises(ValueError, match="no photo has 512 px on both sides"):
-        draw_crops(loaded[0], 1, 512, sample_rng(0, 0))
+        draw_crops([[photo] for photo in loaded[0]], 1, 512, sample_rng(0, 0))
     with pytest.raises(ValueError, match="fetch_photos"):
         load_photos(tmp_path, CPU)
 

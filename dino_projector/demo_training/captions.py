@@ -29,6 +29,7 @@ from .sizes import POOLED_DIM
 EMPTY_PROMPT_TOKENS = 16
 NUM_DIRECTIONS = 4
 NUM_SCALES = 3
+NUM_LOOKS = 6 + NUM_SCALES * NUM_DIRECTIONS + 4  # values that describe a square
 NUM_WAVES = 4  # of the code of a place, on each axis
 # The language: all that is random about captions and the empty prompt comes from here, whatever the run's seed.
 LANGUAGE_SEED = 5
@@ -83,8 +84,7 @@ class Language:
 
     def __init__(self, text_dim: int, device: torch.device):
         generator = torch.Generator().manual_seed(LANGUAGE_SEED)
-        num_features = 6 + NUM_SCALES * NUM_DIRECTIONS + 4 + 4 * NUM_WAVES
-        self.matrix = torch.randn(num_features, text_dim, generator=generator).to(device)
+        self.matrix = torch.randn(NUM_LOOKS + 4 * NUM_WAVES, text_dim, generator=generator).to(device)
         self.empty_prompt = torch.randn(1, EMPTY_PROMPT_TOKENS, text_dim, generator=generator).to(device)
 
     def caption(self, images: torch.Tensor, grid: int) -> torch.Tensor:
@@ -94,12 +94,14 @@ class Language:
         tokens = features @ self.matrix
         return tokens / tokens.square().mean(-1, keepdim=True).sqrt()
 
-    def empty_branch(self) -> PromptBranch:
+    def empty_branch(self, dtype: torch.dtype) -> PromptBranch:
         device = self.empty_prompt.device
-        pooled = torch.zeros(1, POOLED_DIM, device=device)
-        return PromptBranch(self.empty_prompt, pooled, torch.zeros(EMPTY_PROMPT_TOKENS, 3, device=device), None)
+        pooled = torch.zeros(1, POOLED_DIM, device=device, dtype=dtype)
+        return PromptBranch(
+            self.empty_prompt.to(dtype), pooled, torch.zeros(EMPTY_PROMPT_TOKENS, 3, device=device), None
+        )
 
     def save_empty_prompt(self, folder: Path) -> None:
-        branch = self.empty_branch()
-        embeds = {name: getattr(branch, name).half().cpu() for name in ("prompt_embeds", "pooled_prompt_embeds")}
+        branch = self.empty_branch(torch.float16)
+        embeds = {name: getattr(branch, name).cpu() for name in ("prompt_embeds", "pooled_prompt_embeds")}
         save_file(embeds, folder / PROMPT_EMBEDS_NAME)

@@ -36,29 +36,44 @@ def load_photos(folder: Path, device: torch.device) -> list[torch.Tensor]:
     return [to_bytes(read_picture(Record(path.name, path, ""))).to(device) for path in paths]
 
 
-def draw_crops(photos: Sequence[torch.Tensor], count: int, side: int, rng: np.random.Generator) -> torch.Tensor:
+def make_pyramid(photo: torch.Tensor, min_side: int) -> list[torch.Tensor]:
+    """A photo's bytes `(3, height, width)`, and its halves as long as both sides have `min_side` px."""
+    levels = [photo]
+    while min(levels[-1].shape[1:]) // 2 >= min_side:
+        size = [length // 2 for length in levels[-1].shape[1:]]
+        half = F.interpolate(levels[-1][None].float(), size, mode="bicubic", antialias=True)
+        levels.append(half[0].round().clamp(0, 255).byte())
+    return levels
+
+
+def draw_crops(
+    photos: Sequence[Sequence[torch.Tensor]], count: int, side: int, rng: np.random.Generator
+) -> torch.Tensor:
     """
     Crops `(count, 3, side, side)` in [-1, 1] at any scale from a photo's full size to its shorter side.
 
     A photo comes as often as the square root of its area says: the large ones hold more, but not only they.
 
     Args:
-        photos (`Sequence[torch.Tensor]`): Bytes `(3, height, width)`; those with a side below `side` are left out.
+        photos (`Sequence[Sequence[torch.Tensor]]`):
+            From [`make_pyramid`]; those with a side below `side` are left out.
     """
-    large = [photo for photo in photos if min(photo.shape[1:]) >= side]
+    large = [photo for photo in photos if min(photo[0].shape[1:]) >= side]
     if not large:
         raise ValueError(f"no photo has {side} px on both sides: fetch larger ones (--max-side)")
-    weights = np.sqrt([photo.shape[1] * photo.shape[2] for photo in large])
+    weights = np.sqrt([photo[0].shape[1] * photo[0].shape[2] for photo in large])
     chosen = rng.choice(len(large), count, p=weights / weights.sum())
     return tint(torch.cat([turn(cut_crop(large[index], side, rng), rng) for index in chosen]), rng)
 
 
-def cut_crop(photo: torch.Tensor, side: int, rng: np.random.Generator) -> torch.Tensor:
-    """A crop `(1, 3, side, side)` in [0, 1]."""
-    height, width = photo.shape[1:]
-    region = int(side * np.exp(rng.uniform(0, np.log(min(height, width) / side))))
+def cut_crop(photo: Sequence[torch.Tensor], side: int, rng: np.random.Generator) -> torch.Tensor:
+    """A crop `(1, 3, side, side)` in [0, 1], from the smallest level that has its pixels."""
+    factor = float(np.exp(rng.uniform(0, np.log(min(photo[0].shape[1:]) / side))))
+    level = min(int(np.log2(factor)), len(photo) - 1)
+    height, width = photo[level].shape[1:]
+    region = min(int(side * factor / 2**level), height, width)
     top, left = int(rng.integers(height - region + 1)), int(rng.integers(width - region + 1))
-    crop = photo[None, :, top : top + region, left : left + region].float() / 255
+    crop = photo[level][None, :, top : top + region, left : left + region].float() / 255
     return F.interpolate(crop, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
 
 

@@ -36,11 +36,10 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from pipeline_flux_dino_tile import feature_spread
 
 from ..data import sample_rng
-from ..steps import torch_generator
-from .captions import describe_squares
+from .captions import NUM_LOOKS, describe_squares
 from .crops import center_crop, draw_crops
 from .sizes import PATCH_SIZE, PIXELS_PER_TOKEN, make_dino
-from .stages import Stage, update_average
+from .stages import Stage, device_generator, update_average
 
 
 PROTOTYPES_PER_DIM = 4  # prototypes for a feature
@@ -51,6 +50,7 @@ MASKED_SHARE = 0.4
 SINKHORN_ROUNDS = 3
 FACTORS = (2.0, 8.0)  # how much smaller the student's picture was
 NOISE_STD = 0.05  # at most, of a value in [-1, 1]
+LOOK_WEIGHT = 10.0
 PROBE_CROPS = 64
 PROBE_RIDGE = 1e-3
 
@@ -64,14 +64,28 @@ class Distiller(torch.nn.Module):
         self.encoder = encoder
         self.head = torch.nn.Sequential(torch.nn.Linear(dim, 2 * dim), torch.nn.GELU(), torch.nn.Linear(2 * dim, dim))
         self.prototypes = weight_norm(torch.nn.Linear(dim, PROTOTYPES_PER_DIM * dim, bias=False))
+        self.looks = torch.nn.Linear(dim, NUM_LOOKS)
 
-    def forward(self, pixels: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Cosines `(batch, 1 + patches, prototypes)` of CLS and patches; `mask` `(batch, patches)` hides patches."""
+    def forward(self, pixels: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Cosines `(batch, 1 + patches, prototypes)` of CLS and patches, and the patches' looks `(batch, patches, 22)`;
+        `mask` `(batch, patches)` hides patches.
+        """
         states = self.encoder(pixels, bool_masked_pos=mask).last_hidden_state
         first_patch = 1 + self.encoder.config.num_register_tokens
         states = torch.cat([states[:, :1], states[:, first_patch:]], dim=1)
         length = torch.linalg.vector_norm(self.prototypes.weight, dim=1)
-        return self.prototypes(F.normalize(self.head(states), dim=-1)) / length
+        return self.prototypes(F.normalize(self.head(states), dim=-1)) / length, self.looks(states[:, 1:])
+
+
+def look_tokens(images: torch.Tensor) -> torch.Tensor:
+    """How the squares under the patches look, `(batch, patches, 22)`."""
+    return describe_squares(images, images.shape[-1] // PIXELS_PER_TOKEN).flatten(2).transpose(1, 2)
+
+
+def look_error(guesses: torch.Tensor, looks: torch.Tensor) -> torch.Tensor:
+    """Mean squared error, each value in units of its deviation in the batch."""
+    return ((guesses - looks) / (looks.std((0, 1)) + 1e-3)).square().mean()
 
 
 def linear_r2(train: torch.Tensor, train_targets: torch.Tensor, test: torch.Tensor, targets: torch.Tensor) -> float:
@@ -100,7 +114,8 @@ def degrade_crops(images: torch.Tensor, rng: np.random.Generator) -> torch.Tenso
     side = images.shape[-1]
     small_side = max(1, round(side / np.exp(rng.uniform(*np.log(FACTORS)))))
     small = F.interpolate(images, (small_side, small_side), mode="bicubic", antialias=True)
-    noise = torch.randn(small.shape, generator=torch_generator(rng)).to(images.device)
+    generator = device_generator(rng, images.device)
+    noise = torch.randn(small.shape, generator=generator, device=images.device)
     small = small + rng.uniform(0, NOISE_STD) * noise
     return F.interpolate(small, (side, side), mode="bicubic").clamp(-1, 1)
 
@@ -124,7 +139,7 @@ class DinoStage(Stage):
         self.teacher = deepcopy(self.student).requires_grad_(False)
         self.modules = {"student": self.student, "teacher": self.teacher}
         self.copies = [self.student.encoder, self.teacher.encoder]
-        self.optimizers = {"student": torch.optim.AdamW(self.student.parameters(), weight_decay=0.04)}
+        self.optimizers = {"student": self.make_optimizer(self.student, weight_decay=0.04)}
 
     def train_step(self) -> dict[str, torch.Tensor]:
         rng = sample_rng(self.seed, self.step)
@@ -134,8 +149,8 @@ class DinoStage(Stage):
         mask = torch.from_numpy(rng.random((len(sharp), patches)) < MASKED_SHARE).to(self.device)
         with self.autocast():
             with torch.no_grad():
-                choices = self.teacher(to_dino_pixels(sharp))
-            guesses = self.student(to_dino_pixels(degraded), mask)
+                choices, _ = self.teacher(to_dino_pixels(sharp))
+            guesses, looks = self.student(to_dino_pixels(degraded), mask)
         targets = torch.cat(
             [
                 balance(part.flatten(0, 1) / TEACHER_TEMPERATURE).unflatten(0, part.shape[:2])
@@ -144,11 +159,12 @@ class DinoStage(Stage):
             dim=1,
         )
         losses = -(targets * F.log_softmax(guesses.float() / STUDENT_TEMPERATURE, dim=-1)).sum(-1)
-        loss = losses[:, 0].mean() + losses[:, 1:].mean()
+        error = look_error(looks.float(), look_tokens(sharp))
+        loss = losses[:, 0].mean() + losses[:, 1:].mean() + LOOK_WEIGHT * error
         self.update("student", loss)
         update_average(self.teacher, self.student, self.step, TEACHER_DECAY)
         entropy = -(targets * targets.clamp_min(1e-12).log()).sum(-1).mean()
-        return {"loss": loss.detach(), "target_entropy": entropy}
+        return {"loss": loss.detach(), "target_entropy": entropy, "look_error": error.detach()}
 
     def save_model(self, folder: Path) -> None:
         """The teacher's encoder."""
@@ -172,5 +188,4 @@ class DinoStage(Stage):
         pixels = to_dino_pixels(degrade_crops(sharp, rng))
         first_patch = 1 + self.teacher.encoder.config.num_register_tokens
         features = self.teacher.encoder(pixels).last_hidden_state[:, first_patch:].flatten(0, 1)
-        looks = describe_squares(sharp, self.sizes.crop // PIXELS_PER_TOKEN)
-        return features, looks.flatten(2).transpose(1, 2).flatten(0, 1)
+        return features, look_tokens(sharp).flatten(0, 1)

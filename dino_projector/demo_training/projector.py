@@ -67,8 +67,7 @@ def projector_arguments(
         "max_train_steps": ENDLESS_STEPS if max_steps is None else max_steps,
         "checkpointing_steps": ENDLESS_STEPS,
         "checkpoints_total_limit": 1,
-        "validation_steps": ENDLESS_STEPS,
-        "report_to": "none",
+        "validation_steps": 250,
         "seed": seed,
     }
     if seconds is not None:

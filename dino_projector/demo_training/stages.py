@@ -20,11 +20,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
 from ..checkpoints import replace_folder
 from ..training import avoid_cudnn_attention
+from .crops import make_pyramid
 from .sizes import Sizes
 
 
@@ -59,7 +61,8 @@ class Stage:
     learning_rate: float
 
     def __init__(self, sizes: Sizes, photos: list[torch.Tensor], work: Path, seed: int, device: torch.device):
-        self.sizes, self.photos, self.seed, self.device = sizes, photos, seed, device
+        self.sizes, self.seed, self.device = sizes, seed, device
+        self.photos = [make_pyramid(photo, sizes.crop // 2) for photo in photos]
         self.folder = work / self.name
         self.step = 0
         self.modules: dict[str, torch.nn.Module] = {}
@@ -82,14 +85,21 @@ class Stage:
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
-    def update(self, name: str, loss: torch.Tensor) -> None:
-        """One step of an optimizer along the gradient of `loss`."""
+    def make_optimizer(self, module: torch.nn.Module, **options) -> torch.optim.AdamW:
+        return torch.optim.AdamW(module.parameters(), fused=self.device.type == "cuda", **options)
+
+    def update(self, name: str, loss: torch.Tensor, working: torch.nn.Module | None = None) -> None:
+        """
+        One step of an optimizer along the gradient of `loss`, which may be that of a working copy of the module in
+        half precision.
+        """
         optimizer = self.optimizers[name]
         parameters = optimizer.param_groups[0]["params"]
         optimizer.param_groups[0]["lr"] = self.learning_rate * min(1, (self.step + 1) / WARMUP_STEPS)
-        gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
+        inputs = parameters if working is None else list(working.parameters())
+        gradients = torch.autograd.grad(loss, inputs, materialize_grads=True)
         for parameter, gradient in zip(parameters, gradients):
-            parameter.grad = gradient
+            parameter.grad = gradient.to(parameter.dtype)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -167,6 +177,11 @@ def find_trained(work: Path, stage: str) -> Path:
     if not folder.is_dir():
         raise ValueError(f"--work {work}: there is no {stage} yet; run the stage {stage} first")
     return folder
+
+
+def device_generator(rng: np.random.Generator, device: torch.device) -> torch.Generator:
+    """For noise that is drawn where it is needed; the CPU would take longer to draw it than the GPU for the step."""
+    return torch.Generator(device).manual_seed(int(rng.integers(2**63)))
 
 
 @torch.no_grad()

@@ -27,18 +27,17 @@ import torch.nn.functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
 from ..data import sample_rng
-from ..steps import torch_generator
 from .crops import center_crop, draw_crops
 from .metrics import edges, gradient_energy, psnr
 from .sizes import make_vae
-from .stages import MAX_SHARD_SIZE, Stage, update_average
+from .stages import MAX_SHARD_SIZE, Stage, device_generator, update_average
 
 
 KL_WEIGHT = 1e-4  # of the divergence for a colour value
 EDGE_WEIGHT = 1.0
 ENERGY_WEIGHT = 1.0
 ENERGY_WINDOW = 8  # px
-ADVERSARY_STEPS = 2000  # before it comes in
+ADVERSARY_STEPS = 1500  # before it comes in
 # How strong the adversary's gradient is at the last layer, beside that of the other terms.
 ADVERSARY_SHARE = 0.3
 STATISTICS_CROPS = 64
@@ -79,7 +78,7 @@ class VaeStage(Stage):
         self.modules = {"vae": self.vae, "average": self.average, "adversary": self.adversary}
         self.copies = [self.vae, self.average]
         self.optimizers = {
-            name: torch.optim.AdamW(module.parameters(), betas=(0.5, 0.99), weight_decay=0.0)
+            name: self.make_optimizer(module, betas=(0.5, 0.99), weight_decay=0.0)
             for name, module in (("vae", self.vae), ("adversary", self.adversary))
         }
 
@@ -89,7 +88,8 @@ class VaeStage(Stage):
         images = draw_crops(self.photos, self.sizes.batch, self.sizes.crop // 2, rng)
         with self.autocast():
             posterior = self.vae.encode(images).latent_dist
-            noise = torch.randn(posterior.mean.shape, generator=torch_generator(rng)).to(self.device)
+            generator = device_generator(rng, self.device)
+            noise = torch.randn(posterior.mean.shape, generator=generator, device=self.device)
             decoded = self.vae.decode(posterior.mean + posterior.std * noise).sample
         decoded = decoded.float()
         loss = reconstruction_loss(decoded, images)
