@@ -50,7 +50,7 @@ POSITION_MODES = ("zero", "tile")
 MIN_SIGMA = 0.02
 SIGMA_POWER = 1.5  # of an even draw: half of the samples lie below 0.35, where an enlargement starts
 RESTORED_SHARE = 0.5  # of the crops of a step
-START_SIGMAS = (0.2, 0.7)
+START_SIGMAS = (0.05, 0.6)
 MEASURE_SIGMAS = (0.2, 0.35, 0.5, 0.8)
 
 
