@@ -542,7 +542,7 @@ def describe(value: Any) -> Any:
     if isinstance(value, torch.Generator):
         return f"seed {value.initial_seed()}, state {describe(value.get_state())}"
     if isinstance(value, PIL.Image.Image):
-        value = np.array(value)
+        value = np.array(value.convert("RGB"))
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(value)
     if isinstance(value, torch.Tensor):
@@ -2189,7 +2189,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         settings: dict[str, Any] = {}
         checkpoint: dict[str, torch.Tensor] = {}
         if checkpoint_dir is not None or process_group is not None:
-            arguments |= {"image": canvas_image, "height": height, "width": width, "tiles": asdict(plan)}
+            arguments |= {"height": height, "width": width, "tiles": asdict(plan)}
             arguments |= {"num_inference_steps": num_inference_steps, "sigmas": self.scheduler.sigmas}
             settings = self.describe_call(arguments)
             checkpoint = read_checkpoint(checkpoint_dir, settings, process_group)
@@ -2260,9 +2260,8 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         tile_batches = self.get_tile_batches(moving_tiles, tile_batch_size)
         with (
             self.dino_attention(dino),
-            self.progress_bar(total=num_steps * len(tile_batches)) as progress_bar,
+            self.progress_bar(total=(num_steps - first_step) * len(tile_batches)) as progress_bar,
         ):
-            progress_bar.update(first_step * len(tile_batches))
             for i, t in itertools.islice(enumerate(timesteps), first_step, None):
                 if self.interrupt:
                     break
