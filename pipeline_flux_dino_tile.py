@@ -591,6 +591,7 @@ def read_checkpoint(folder: str | Path | None, settings: dict, process_group: An
         path = Path(folder) / CHECKPOINT_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_suffix(".tmp").touch()
+        path.with_suffix(".tmp").unlink(missing_ok=True)
         if path.exists():
             try:
                 with safe_open(path, "pt") as file:

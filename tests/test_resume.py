@@ -16,8 +16,10 @@ from worker_runs import (
     FLAT_PHOTO,
     NUM_STEPS,
     PHOTO,
+    count_layers,
     enlarge,
     finish_picture,
+    finish_picture_killed_in_layer,
     finish_picture_killed_in_write,
     generator,
 )
@@ -67,23 +69,35 @@ def assert_same_picture(folder, expected):
 
 @pytest.mark.parametrize("settings", [{"tile_fusion": "step"}, {"tile_fusion": "final"}], ids=["step", "final"])
 def test_killed_at_random_moments(context, tmp_path, settings):
-    """Each time for both kinds of fusion: at least 24 kills, spread over the pictures that they hit."""
+    """At least 12 kills for each kind of fusion, each at any moment of a run, until a picture is finished."""
     expected = tmp_path / "expected"
     run(context, finish_picture, tmp_path / "warm", settings)
     start = time.monotonic()
     assert run(context, finish_picture, expected, settings)
     duration = time.monotonic() - start
 
-    moments, kills, steps, pictures = random.Random(0), 0, set(), 0
+    moments, kills, pictures = random.Random(0), 0, 0
     while kills < NUM_KILLS // 2:
         folder = tmp_path / f"picture-{pictures}"
         while not run(context, finish_picture, folder, settings, seconds=moments.uniform(0, duration)):
             kills += 1
-            if (folder / "checkpoint" / CHECKPOINT_NAME).exists():
-                steps.add(int(checkpoint_of(folder)["step"]))
         assert_same_picture(folder, expected)
         pictures += 1
-    assert len(steps) > 1, "no two runs were killed after different steps"
+
+
+def test_killed_within_a_model(context, tmp_path):
+    """By itself, in the forward pass of a random layer: before the first step, in every step, and while it decodes."""
+    assert run(context, finish_picture, tmp_path / "expected", {}), "the run itself fails"
+    num_layers = count_layers(enlarge, output_type="pil")
+    steps = set()
+    for index, moment in enumerate(random.Random(1).sample(range(num_layers), 10)):
+        folder = tmp_path / f"picture-{index}"
+        assert not run(context, finish_picture_killed_in_layer, folder, {}, moment)
+        is_there = (folder / "checkpoint" / CHECKPOINT_NAME).exists()
+        steps.add(int(checkpoint_of(folder)["step"]) if is_there else 0)
+        assert run(context, finish_picture, folder, {})
+        assert_same_picture(folder, tmp_path / "expected")
+    assert steps == set(range(NUM_STEPS + 1))
 
 
 @pytest.mark.parametrize("write", [0, 2])

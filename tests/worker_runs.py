@@ -83,6 +83,28 @@ def finish_picture_killed_in_write(folder: Path, settings: dict, write: int, mom
     finish_picture(folder, settings)
 
 
+def count_layers(function: Callable, *arguments, kill_at: int | None = None, **kwargs) -> int:
+    """How many layers of all models run in a call; it is killed before the one of index `kill_at`."""
+    calls: list = []
+
+    def count(*_args):
+        if len(calls) == kill_at:
+            kill_itself()
+        calls.append(1)
+
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(count)
+    try:
+        function(*arguments, **kwargs)
+    finally:
+        handle.remove()
+    return len(calls)
+
+
+def finish_picture_killed_in_layer(folder: Path, settings: dict, layer: int) -> None:
+    """The same, but killed in a forward pass."""
+    count_layers(finish_picture, folder, settings, kill_at=layer)
+
+
 # ---- Several processes ---------------------------------------------------------------------------------------------
 
 
