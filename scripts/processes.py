@@ -69,22 +69,28 @@ class Processes:
         """Shows that this process is alive, and ends it when one that it needs is not; runs in a thread."""
         try:
             while not self.is_over.wait(BEAT_SECONDS):
-                self.store.add(f"beats/{self.rank}", 1)
+                self.ask_store("add", f"beats/{self.rank}", 1)
                 for rank in range(self.count):
-                    beats = self.store.add(f"beats/{rank}", 0)
+                    beats = self.ask_store("add", f"beats/{rank}", 0)
                     if beats != self.heard[rank][0]:
                         self.heard[rank] = beats, time.monotonic()
                 if lost := [rank for rank in sorted(self.needed) if self.is_lost(rank)]:
-                    self.end(f"process {lost[0]} gave no sign of life for {self.timeout:g} s")
-        except RuntimeError:
-            self.end("the first process is gone")
+                    self.end(f"process {lost[0]} gave no sign of life for {self.timeout:g} s; {REMEDY}")
+        except ProcessError as error:
+            self.end(str(error))
+
+    def ask_store(self, operation: str, *arguments) -> Any:
+        try:
+            return getattr(self.store, operation)(*arguments)
+        except RuntimeError as error:
+            raise ProcessError(f"the first process is gone; {REMEDY}") from error
 
     def is_lost(self, rank: int) -> bool:
         return time.monotonic() - self.heard[rank][1] > self.timeout
 
     def end(self, reason: str) -> None:
         """Ends this process at once, also if it waits in a collective, from which nothing else frees it."""
-        self.tell(f"{reason}; {REMEDY}")
+        self.tell(reason)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)
@@ -94,18 +100,18 @@ class Processes:
         if self.count == 1:
             return value
         if self.is_first:
-            self.store.set("value", json.dumps(value))
-        while not self.store.check(["value"]):
+            self.ask_store("set", "value", json.dumps(value))
+        while not self.ask_store("check", ["value"]):
             time.sleep(POLL_SECONDS)
-        return json.loads(self.store.get("value"))
+        return json.loads(self.ask_store("get", "value"))
 
     def take(self, items: Sequence) -> Iterator:
         """Yields the items that no other process has taken, one by one, so that a fast process gets more."""
         if self.count == 1:
             yield from items
             return
-        while (index := self.store.add("taken", 1) - 1) < len(items):
-            self.store.set(f"taken/{self.rank}", str(items[index]))
+        while (index := self.ask_store("add", "taken", 1) - 1) < len(items):
+            self.ask_store("set", f"taken/{self.rank}", str(items[index]))
             yield items[index]
 
     def join_group(self) -> Any:
@@ -132,17 +138,20 @@ class Processes:
             # The store lives in the first process, which may end as soon as it has this.
             self.is_over.set()
             self.thread.join()
-            self.store.set(f"outcomes/{self.rank}", json.dumps(outcomes))
+            self.ask_store("set", f"outcomes/{self.rank}", json.dumps(outcomes))
             return outcomes
         total = Counter(outcomes)
         for rank in range(1, self.count):
-            while not self.store.check([f"outcomes/{rank}"]) and not self.is_lost(rank):
+            outcomes_key, taken_key = f"outcomes/{rank}", f"taken/{rank}"
+            while not self.ask_store("check", [outcomes_key]) and not self.is_lost(rank):
                 time.sleep(POLL_SECONDS)
-            if self.store.check([f"outcomes/{rank}"]):
-                total += Counter(json.loads(self.store.get(f"outcomes/{rank}")))
-            else:
-                item = f" while it worked on {self.store.get(f'taken/{rank}').decode()}"
-                self.tell(f"process {rank} is gone{item if self.store.check([f'taken/{rank}']) else ''}; {REMEDY}")
-                total["failed"] += 1
+            if self.ask_store("check", [outcomes_key]):
+                total += Counter(json.loads(self.ask_store("get", outcomes_key)))
+                continue
+            item = ""
+            if self.ask_store("check", [taken_key]):
+                item = f" while it worked on {self.ask_store('get', taken_key).decode()}"
+            self.tell(f"process {rank} is gone{item}; {REMEDY}")
+            total["failed"] += 1
         self.is_over.set()
         return total

@@ -793,6 +793,8 @@ def upscale(jobs: list[Job], args: argparse.Namespace) -> Counter:
 def main(argv: list[str] | None = None) -> int:
     # transformers reads it when it is imported, and says then that torchvision, which nothing here needs, is missing.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Likewise torch, which shows where in its code it was when another process went away.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         args = parse_arguments(sys.argv[1:] if argv is None else argv)
         jobs = find_jobs(args)

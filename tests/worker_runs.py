@@ -168,24 +168,48 @@ def share_picture(folder: Path, settings: dict) -> None:
     torch.distributed.destroy_process_group()
 
 
-def share_with_other_settings(folder: Path, changes: list[dict]) -> None:
-    """Calls with other settings in each process; saves the error."""
+def share_with_other_settings(folder: Path, seeds: list[int | None], changes: list[dict]) -> None:
+    """Calls with another seed and other settings in each process; saves the error."""
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
+    seed = seeds[rank]
+    source = None if seed is None else generator(seed)
     try:
-        enlarge(process_group=torch.distributed.group.WORLD, **changes[rank])
+        enlarge(process_group=torch.distributed.group.WORLD, generator=source, **changes[rank])
     except ValueError as error:
         (folder / f"error-{rank}.txt").write_text(str(error))
 
 
-def command_line(arguments: list[str], pipe_hook: Callable | None = None) -> int:
-    """The command line with the small models at hand in place of a folder's."""
-    if pipe_hook is not None:
-        pipe_hook()
+def command_line(arguments: list[str], faults: dict[int, Callable] | None = None) -> int:
+    """`upscale.py` with the small models at hand in place of a folder's; `faults` change the pipeline of a process."""
     load = upscale.load
-
-    def load_here(option, name, loader):
-        return PIPE if option == "--model" else load(option, name, loader)
-
-    upscale.load = load_here
+    upscale.load = lambda option, name, loader: PIPE if option == "--model" else load(option, name, loader)
+    fault = (faults or {}).get(int(os.environ.get("RANK", 0)))
+    if fault is not None:
+        fault()
     return upscale.main(arguments)
+
+
+def at_step(step: int, action: Callable, image: int = 1) -> None:
+    """Does `action` before the scheduler's `step`-th step, from 1, in the process's `image`-th image."""
+    steps, scheduler_step = iter(range(1, 1000)), PIPE.scheduler.step
+
+    def count(*arguments, **kwargs):
+        if next(steps) == step + (image - 1) * NUM_STEPS:
+            action()
+        return scheduler_step(*arguments, **kwargs)
+
+    PIPE.scheduler.step = count
+
+
+def stop_itself() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def run_out_of_memory() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def spoil_the_transformer() -> None:
+    """A weight that is NaN."""
+    PIPE.transformer.proj_out.bias.data[0] = torch.nan
