@@ -2091,8 +2091,8 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             checkpoint_dir (`str` or `Path`, *optional*):
                 Folder for this image's checkpoint, made if missing: the canvas after a step, the generator and the
                 settings. The same call goes on from it and gives the same image; a call with other settings is
-                refused. It does not know `output_type`, `color_fix`, `tile_batch_size` and what a callback keeps.
-                Delete the folder once the image is saved.
+                refused, but `output_type`, `color_fix` and `tile_batch_size` may change. What a callback keeps is not
+                saved. Delete the folder once the image is saved.
             checkpoint_steps (`int`, defaults to 1):
                 Steps from one checkpoint to the next; the last step always makes one.
             process_group (`torch.distributed.ProcessGroup`, *optional*):

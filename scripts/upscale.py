@@ -457,6 +457,10 @@ def check_job(job: Job, args: argparse.Namespace) -> str:
             f"{job.source}: skipped, {job.target} is already there, whatever settings made it"
             " (--overwrite makes it anew)"
         )
+        checkpoint = checkpoint_folder(job.target)
+        # Killed between the output and the deletion of its checkpoint.
+        if os.path.isdir(checkpoint) and checkpoint.stat().st_mtime <= job.target.stat().st_mtime:
+            shutil.rmtree(checkpoint, ignore_errors=True)
         return "skipped"
     size = target_size(upright_size(job.source), args.scale)
     check_writable(job.target, size)

@@ -1,6 +1,8 @@
 """Several processes: they share the tiles of an image, or the images; the result is that of one, and none hangs."""
 
 import re
+import subprocess
+import sys
 from functools import partial
 
 import numpy as np
@@ -26,6 +28,7 @@ from worker_runs import (
 )
 
 from pipeline_flux_dino_tile import CHECKPOINT_NAME, plan_tiles
+from tiny_models import ROOT
 
 
 FLUX = ["--use-flux", "--model", "tiny/model", "--scale", "2", "--tile-size", "48", "--tile-overlap", "16"]
@@ -63,17 +66,16 @@ def files(folder):
 # ---- The same result -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"tile_batch_size": 4},  # six tiles: two batches of three
-        {"tile_batch_size": 5, "tile_fusion": "final", "image": PHOTO.crop((0, 0, 40, 40)), "upscale_factor": 3},
-        {"image": FLAT_PHOTO, "skip_flat_tiles": 0.05, "negative_prompt": "blur", "true_cfg_scale": 2.0},
-    ],
-    ids=["step", "final", "flat tiles"],
-)
-@pytest.mark.parametrize("count", [2, 3])
-def test_shared_tiles_give_the_same(context, tmp_path, count, settings):
+CALLS = {
+    "step": {"tile_batch_size": 4},  # six tiles: two batches of three
+    "final": {"tile_batch_size": 5, "tile_fusion": "final", "image": PHOTO.crop((0, 0, 40, 40)), "upscale_factor": 3},
+    "flat tiles": {"image": FLAT_PHOTO, "skip_flat_tiles": 0.05, "negative_prompt": "blur", "true_cfg_scale": 2.0},
+}
+
+
+@pytest.mark.parametrize(("count", "name"), [(2, "step"), (3, "step"), (3, "final"), (2, "flat tiles")])
+def test_shared_tiles_give_the_same(context, tmp_path, count, name):
+    settings = CALLS[name]
     latents, pixels = enlarge(**settings), torch.from_numpy(enlarge(**settings, output_type="np"))
     codes, texts = run_ranks(context, share_picture, count, tmp_path, tmp_path, settings)
     assert codes == [0] * count, texts
@@ -83,9 +85,9 @@ def test_shared_tiles_give_the_same(context, tmp_path, count, settings):
         assert torch.equal(result["pixels"], pixels)
 
 
-@pytest.mark.parametrize("count", [2, 3])
-def test_bytes_that_a_process_receives(context, tmp_path, count):
-    """As docs/reliability.md computes them: all tiles of the others, in float32, in every step."""
+def test_bytes_that_a_process_receives(context, tmp_path):
+    """As docs/reliability.md computes them: the tiles of the others, in float32, in every step."""
+    count = 3
     codes, texts = run_ranks(context, share_picture, count, tmp_path, tmp_path, {})
     assert codes == [0] * count, texts
     plan = plan_tiles(64, 96, 48, 16)
@@ -97,7 +99,7 @@ def test_bytes_that_a_process_receives(context, tmp_path, count):
     assert sum(received) == 2 * a_canvas + num_rounds * (count - 1) * pixels
 
 
-@pytest.mark.parametrize("tile_batch_size", [2, 3, 4, 6])
+@pytest.mark.parametrize("tile_batch_size", [2, 4, 6])
 def test_tile_batch_size_changes_rounding_only(tile_batch_size):
     """Matrix products of another size round otherwise, so that a byte of the picture may change by one."""
     kwargs = {"tile_batch_size": tile_batch_size}
@@ -142,6 +144,17 @@ def test_one_image_is_shared(context, tmp_path, photos, count):
     assert codes == [0] * count, texts
     assert (tmp_path / "result.png").read_bytes() == (tmp_path / "expected.png").read_bytes()
     assert [" -> " in text for text in texts] == [True] + [False] * (count - 1)
+
+
+def test_the_real_launcher(tmp_path, photos):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command = [*launch, ROOT / "scripts" / "upscale.py", photos, tmp_path / "result", "--scale", "2"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    lines = [line for line in result.stdout.splitlines() if line]
+    assert len(lines) == 6 and "5 done, 0 skipped, 0 failed" in lines
+    assert len(files(tmp_path / "result")) == 5
 
 
 def test_a_plan_is_printed_once(context, tmp_path, photos):
