@@ -29,6 +29,7 @@ from datetime import timedelta
 from typing import Any
 
 
+START_SECONDS = 300.0  # for all processes to start
 BEAT_SECONDS = 1.0
 POLL_SECONDS = 0.1
 REMEDY = "what is finished is kept: run the same command again"
@@ -55,7 +56,9 @@ class Processes:
             return
         from torch.distributed import rendezvous
 
-        self.store, self.rank, self.count = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
+        start_timeout = timedelta(seconds=max(timeout, START_SECONDS))
+        self.store, self.rank, self.count = next(rendezvous("env://", timeout=start_timeout))
+        self.store.set_timeout(timedelta(seconds=timeout))
         self.heard = {rank: (0, time.monotonic()) for rank in range(self.count)}
         self.is_over = threading.Event()
         self.thread = threading.Thread(target=self.watch, daemon=True)

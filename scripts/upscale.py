@@ -435,7 +435,8 @@ def target_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
 
 def say(text: str, file=None) -> None:
     """Prints a line above the progress bars."""
-    tqdm.write(text, file=file or sys.stdout)
+    # In one write, so that lines of several processes do not run into each other.
+    tqdm.write(f"{text}\n", file=file or sys.stdout, end="")
 
 
 def say_error(text: str) -> None:
