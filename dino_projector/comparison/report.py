@@ -102,15 +102,26 @@ class Results:
         self.key_metric = next(name for name in KEY_METRICS if name in self.metrics)
 
     def findings(self) -> list[Comparison]:
-        """The tests of the key metric on the first model's strengths."""
+        """Tests of the key metric: FLUX against bicubic, each strength against none, and the greatest against all."""
         flux = [setting for setting in self.shown.values() if setting.method == "flux"]
         base = flux[0] if flux else None
         plain = {
-            self.labels[setting]
+            self.labels[setting]: setting
             for setting in flux
-            if base is not None and setting._replace(strength=base.strength, tokens=base.tokens) == base
+            if base is not None and setting._replace(strength=base.strength) == base
         }
-        return [item for item in self.comparisons if item.metric == self.key_metric and item.setting in plain]
+        greatest = max(plain, key=lambda label: plain[label].strength, default=None)
+        none = next((label for label, setting in plain.items() if setting.strength == 0), None)
+        return [
+            item
+            for item in self.comparisons
+            if item.metric == self.key_metric
+            and (
+                item.setting == greatest
+                or (item.setting in plain and item.other == none)
+                or (item.setting, item.other) == (none, "bicubic")
+            )
+        ]
 
     def views(self, sample: Sample, max_side: int) -> list[dict[str, Any]]:
         """What the page can show of a picture."""

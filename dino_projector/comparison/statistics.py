@@ -26,6 +26,7 @@ from .sweep import Setting
 
 
 NUM_PERMUTATIONS = 10_000
+SIGNIFICANCE = 0.05
 FIELD_LABELS = {
     "model": "model",
     "projector": "projector",
@@ -122,8 +123,11 @@ def compare(
         return None
     gains = np.array([penalty(metric, second[image]) - penalty(metric, first[image]) for image in images])
     gain = bootstrap_mean(gains)
-    verdict = "better" if gain.low > 0 else "worse" if gain.high < 0 else "not shown"
-    return Comparison(setting, other, metric, bootstrap_mean(differences), sign_flip_test(gains), len(images), verdict)
+    p_value = sign_flip_test(gains)
+    # Both, for the interval of a few pictures is too narrow.
+    is_shown = p_value < SIGNIFICANCE and not gain.low <= 0 <= gain.high
+    verdict = "not shown" if not is_shown else "better" if gain.mean > 0 else "worse"
+    return Comparison(setting, other, metric, bootstrap_mean(differences), p_value, len(images), verdict)
 
 
 def choose_pairs(labels: dict[Setting, str]) -> list[tuple[str, str]]:
