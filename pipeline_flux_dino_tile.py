@@ -512,7 +512,8 @@ def line_steps(image: torch.Tensor, axis: int) -> np.ndarray:
 
 def seam_ratio(image: torch.Tensor, rows: Sequence[int], columns: Sequence[int]) -> float:
     """
-    How much larger the steps across the tiles' borders are than those one and two tokens away: 1 without seams.
+    How much larger the steps across the tiles' borders are than those one and two tokens away: 1 without seams, and
+    where all lines are borders.
 
     Lines on the token grid are compared with each other, for a grid of the VAE's own is not a seam.
 
@@ -524,9 +525,12 @@ def seam_ratio(image: torch.Tensor, rows: Sequence[int], columns: Sequence[int])
     for axis, lines in enumerate((rows, columns)):
         steps = line_steps(image, axis)
         for line in lines:
-            others = [line + offset for offset in SEAM_OFFSETS if 0 < line + offset <= len(steps)]
-            across.append(steps[line - 1])
-            beside.append(np.mean([steps[other - 1] for other in others if other not in lines]))
+            others = {line + offset for offset in SEAM_OFFSETS if 0 < line + offset <= len(steps)} - set(lines)
+            if others:
+                across.append(steps[line - 1])
+                beside.append(np.mean([steps[other - 1] for other in others]))
+    if not across:
+        return 1.0
     # The least step keeps a picture without any from dividing by 0.
     return float((np.mean(across) + LEAST_STEP) / (np.mean(beside) + LEAST_STEP))
 
@@ -545,7 +549,7 @@ def tile_seam_scores(image: torch.Tensor, plan: TilePlan) -> list[float]:
             [border - start for border in borders if first <= border <= first + length]
             for borders, first, length, start in zip(plan.borders, (top, left), (height, width), starts)
         ]
-        scores.append(seam_ratio(region, *lines) if any(lines) else 1.0)
+        scores.append(seam_ratio(region, *lines))
     return scores
 
 

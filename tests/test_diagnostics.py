@@ -73,6 +73,8 @@ def test_a_picture_without_steps_and_a_single_tile_have_no_seam():
     flat = torch.full((3, SIZE, 448), 0.2)
     assert tile_seam_scores(flat, plan_tiles(SIZE, 448, tile_size=SIZE)) == [1, 1]
     assert tile_seam_scores(flat, plan_tiles(SIZE, 448, tile_size=448)) == [1]
+    everywhere = plan_tiles(48, 64, tile_size=32, tile_overlap=16)
+    assert tile_seam_scores(torch.rand(3, 48, 64), everywhere) == [1] * len(everywhere)
 
 
 def test_a_swapped_object_is_suspect_at_its_place(pipe):
