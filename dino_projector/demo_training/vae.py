@@ -26,8 +26,8 @@ import torch
 import torch.nn.functional as F
 
 from ..data import sample_rng
+from ..metrics import edges, gradient_energy, psnr
 from .crops import center_crop, device_generator, draw_crops
-from .metrics import edges, gradient_energy, psnr
 from .sizes import make_vae
 from .stages import MAX_SHARD_SIZE, Stage, update_average
 
