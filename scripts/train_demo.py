@@ -25,10 +25,11 @@ from upscale import Parser, UsageError, hide_loading_bars, nonempty, number  # p
 from image_files import first_line
 
 
-STAGES = ("vae", "dino", "flux", "projector", "assemble", "evaluate")
+STAGES = ("vae", "dino", "flux", "decoder", "projector", "assemble", "evaluate")
+TRAINING_STAGES = STAGES[:5]
 
-EPILOG = """The stages need those before them: vae, dino, flux, projector, assemble, evaluate. Called again, one that
-trains goes on from where it was. docs/demo_training.md describes them.
+EPILOG = """The stages need those before them: vae, dino, flux, decoder, projector, assemble, evaluate. Called again,
+one that trains goes on from where it was. docs/demo_training.md describes them.
 Exit status: 0 done; 1 the stage failed; 2 wrong usage."""
 
 
@@ -59,7 +60,7 @@ def build_parser() -> Parser:
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     args = build_parser().parse_args(argv)
-    if args.stage in ("vae", "dino", "flux", "projector") and args.seconds is None and args.steps is None:
+    if args.stage in TRAINING_STAGES and args.seconds is None and args.steps is None:
         raise UsageError(f"the stage {args.stage} needs --seconds or --steps to know when to end")
     for part in ("train", "held_out"):
         if not Path(args.photos, part).is_dir():
@@ -114,9 +115,9 @@ def run(args: argparse.Namespace) -> dict:
 
     from dino_projector.demo_training.dino import DinoStage
     from dino_projector.demo_training.flux import FluxStage
-    from dino_projector.demo_training.vae import VaeStage
+    from dino_projector.demo_training.vae import DecoderStage, VaeStage
 
-    stages = {stage.name: stage for stage in (VaeStage, DinoStage, FluxStage)}
+    stages = {stage.name: stage for stage in (VaeStage, DinoStage, FluxStage, DecoderStage)}
     train, held_out = (load_photos(Path(args.photos, part), device) for part in ("train", "held_out"))
     stage = stages[args.stage](sizes, train, work, args.seed, device)
     return run_stage(stage, held_out, args.seconds, args.steps)

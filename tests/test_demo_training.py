@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 import train_demo
+from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
 from training_runs import save_photos
@@ -43,14 +44,14 @@ from dino_projector.demo_training.evaluate import evaluate, format_table
 from dino_projector.demo_training.flux import FluxStage, draw_sigmas, lead_from_degraded
 from dino_projector.demo_training.sizes import SIZES, count_weights, make_dino, make_transformer, make_vae
 from dino_projector.demo_training.stages import load_shards, run_stage, save_shards, update_average
-from dino_projector.demo_training.vae import VaeStage
+from dino_projector.demo_training.vae import DecoderStage, VaeStage
 from dino_projector.steps import StepInputs
 from pipeline_flux_dino_tile import DinoProjector, FluxDinoTilePipeline, seam_ratio
 
 
 CPU = torch.device("cpu")
 TINY = SIZES["tiny"]._replace(batch=2)
-STAGES = {stage.name: stage for stage in (VaeStage, DinoStage, FluxStage)}
+STAGES = {stage.name: stage for stage in (VaeStage, DinoStage, FluxStage, DecoderStage)}
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,7 @@ def command(photos: Path, work: Path, stage: str, *more: object) -> list[str]:
 def work(photos, tmp_path_factory):
     """The folder in which every training stage has made two steps, through the command line."""
     folder = tmp_path_factory.mktemp("work")
-    for stage in ("vae", "dino", "flux", "projector", "assemble"):
+    for stage in ("vae", "dino", "flux", "decoder", "projector", "assemble"):
         assert train_demo.main(command(photos, folder, stage, "--steps", 2)) == 0
     return folder
 
@@ -93,10 +94,10 @@ def train_to(name, steps, loaded, folder, seed=0):
 
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_that_goes_on_equals_one_that_was_not_stopped(name, loaded, work, tmp_path, monkeypatch):
-    monkeypatch.setattr(vae, "ADVERSARY_STEPS", 1)
+    monkeypatch.setattr(VaeStage, "adversary_steps", 1)
     for folder in ("whole", "parts"):
         (tmp_path / folder).mkdir()
-        (tmp_path / folder / "vae").symlink_to(work / "vae") if name == "flux" else None
+        (tmp_path / folder / "vae").symlink_to(work / "vae") if name in ("flux", "decoder") else None
     whole, _ = train_to(name, 3, loaded, tmp_path / "whole")
     train_to(name, 1, loaded, tmp_path / "parts")
     parts, numbers = train_to(name, 3, loaded, tmp_path / "parts")
@@ -140,6 +141,26 @@ def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(loaded, tmp_path):
     with pytest.raises(ValueError, match="dino: the loss is not finite at step 1"):
         run_stage(stage, loaded[1], None, 1)
     assert not (tmp_path / "dino").exists()
+
+
+def test_the_decoder_stage_leaves_the_latents_as_they_are(loaded, work, tmp_path):
+    shutil.copytree(work / "vae", tmp_path / "vae")
+    train_to("decoder", 2, loaded, tmp_path)
+    before, after = (
+        AutoencoderKL.from_pretrained(tmp_path / name / stages.MODEL_FOLDER) for name in ("vae", "decoder")
+    )
+    assert after.config.scaling_factor == before.config.scaling_factor
+    assert after.config.shift_factor == before.config.shift_factor
+    for part, is_equal in (("encoder", True), ("decoder", False)):
+        pairs = zip(getattr(before, part).parameters(), getattr(after, part).parameters())
+        assert all(torch.equal(*pair) for pair in pairs) == is_equal
+
+
+def test_the_decoder_stage_goes_on_with_the_adversary(loaded, work, tmp_path):
+    shutil.copytree(work / "vae", tmp_path / "vae")
+    saved = load_shards(tmp_path / "vae" / stages.STATE_FOLDER)
+    for key, tensor in DecoderStage(TINY, loaded[0], tmp_path, 0, CPU).adversary.state_dict().items():
+        assert torch.equal(tensor, saved[f"adversary.{key}"])
 
 
 def test_flux_needs_the_vae(loaded, tmp_path):

@@ -37,7 +37,7 @@ MAX_TOTAL_BYTES = 48 * 2**20
 def assemble(work: Path) -> Path:
     """Writes the checkpoint of all that is trained so far, with the projector if there is one; returns its folder."""
     dtype = {"torch_dtype": torch.float16}
-    vae = AutoencoderKL.from_pretrained(find_trained(work, "vae"), **dtype)
+    vae = AutoencoderKL.from_pretrained(find_trained(work, "decoder"), **dtype)
     transformer = FluxTransformer2DModel.from_pretrained(find_trained(work, "flux"), **dtype)
     encoder, prompt_embeds = find_trained(work, "dino"), find_trained(work, "flux") / PROMPT_EMBEDS_NAME
     projectors = list_checkpoints(work / PROJECTOR_RUN_FOLDER)

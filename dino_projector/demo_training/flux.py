@@ -101,6 +101,7 @@ class FluxStage(Stage):
         self.working = deepcopy(self.transformer).to(self.dtype)
         if device.type == "cuda":
             self.working.compile_repeated_blocks(dynamic=True)
+            vae.encoder.compile(dynamic=False)  # two kinds of batches, one for each side
         self.language = Language(sizes.text_dim, device)
         self.pipe = make_pipeline(vae.eval().requires_grad_(False), self.working)
         self.pipe._joint_attention_kwargs = {}
@@ -121,8 +122,9 @@ class FluxStage(Stage):
         caption = None if rng.random() < CAPTION_DROP else self.caption(images, grid, mode)
         copy_weights(self.transformer, self.working)
         generator = device_generator(rng, self.device)
-        inputs = self.step_inputs(images, sigmas, generator, self.dtype)
-        inputs = lead_from_degraded(inputs, self.encode(degraded, generator), starts.to(self.device))
+        latents, degraded_latents = self.encode(torch.cat([images, degraded]), generator).split([count, num_restored])
+        inputs = self.step_inputs(latents, sigmas, generator, self.dtype)
+        inputs = lead_from_degraded(inputs, degraded_latents, starts.to(self.device))
         loss = denoising_losses(self.pipe, inputs, caption).mean()
         self.update("transformer", loss, self.working)
         update_average(self.average, self.transformer, self.step)
@@ -134,9 +136,8 @@ class FluxStage(Stage):
         return self.pipe.encode_tiles(images, self.pipe.plan_tiles(side, side, side), generator)
 
     def step_inputs(
-        self, images: torch.Tensor, sigmas: torch.Tensor, generator: torch.Generator, dtype: torch.dtype
+        self, latents: torch.Tensor, sigmas: torch.Tensor, generator: torch.Generator, dtype: torch.dtype
     ) -> StepInputs:
-        latents = self.encode(images, generator)
         noise = torch.randn(latents.shape, generator=generator, device=self.device)
         no_features = torch.empty(0)
         branch = self.language.empty_branch(dtype)
@@ -154,6 +155,7 @@ class FluxStage(Stage):
         self.language.save_empty_prompt(folder)
 
     @torch.no_grad()
+    @torch.compiler.set_stance("force_eager")  # another size of batch, once
     def measure(self, held_out: list[torch.Tensor]) -> dict[str, float]:
         """Velocity loss with a photo's own caption, with the next photo's, and without, at position zero."""
         images = torch.cat([center_crop(photo, self.sizes.crop) for photo in held_out])
@@ -166,7 +168,7 @@ class FluxStage(Stage):
             for sigma in MEASURE_SIGMAS:
                 generator = torch.Generator(self.device).manual_seed(self.seed)
                 sigmas = torch.full((len(images),), sigma)
-                inputs = self.step_inputs(images, sigmas, generator, torch.float32)
+                inputs = self.step_inputs(self.encode(images, generator), sigmas, generator, torch.float32)
                 numbers[f"{name}_caption_sigma_{sigma}"] = float(denoising_losses(pipe, inputs, caption).mean())
             values = [numbers[f"{name}_caption_sigma_{sigma}"] for sigma in MEASURE_SIGMAS]
             numbers[f"{name}_caption"] = float(np.mean(values))

@@ -122,6 +122,10 @@ class Stage:
         replace_folder(self.folder / STATE_FOLDER, write_state)
         replace_folder(self.folder / MODEL_FOLDER, self.save_model)
 
+    def load_module(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
+        module = self.modules[name]
+        module.load_state_dict({key: tensors[f"{name}.{key}"] for key in module.state_dict()})
+
     def resume(self) -> None:
         """Goes on from the saved state; where only the saved model is, from its weights, with a new optimizer."""
         folder, model_folder = self.folder / STATE_FOLDER, self.folder / MODEL_FOLDER
@@ -138,8 +142,8 @@ class Stage:
             )
         self.step = saved["step"]
         tensors = load_shards(folder)
-        for name, module in self.modules.items():
-            module.load_state_dict({key: tensors[f"{name}.{key}"] for key in module.state_dict()})
+        for name in self.modules:
+            self.load_module(name, tensors)
         for name, optimizer in self.optimizers.items():
             state: dict[int, dict[str, torch.Tensor]] = {}
             prefix = f"{name}.optimizer."

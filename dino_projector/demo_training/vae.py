@@ -16,6 +16,9 @@
 The VAE stage. L1 alone blurs, so three terms stand beside it: L1 of the edges, the local energy of the edges, and a
 patch adversary (hinge loss, as in VQGAN, arXiv 2012.09841), which comes in when the rest has settled.
 
+The decoder stage trains the decoder further while the encoder, and with it the latents that FLUX learns, stays. Its
+latents get a little noise, as FLUX's have errors (RAE, arXiv 2510.11690, does so for the same reason).
+
 No network trained elsewhere takes part: the perceptual distance that judges the result must not have trained it.
 """
 
@@ -24,22 +27,28 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL
 
 from ..data import sample_rng
 from ..metrics import edges, gradient_energy, psnr
 from .crops import center_crop, device_generator, draw_crops
-from .sizes import make_vae
-from .stages import MAX_SHARD_SIZE, Stage, update_average
+from .sizes import Sizes, make_vae
+from .stages import (
+    MAX_SHARD_SIZE,
+    STATE_FOLDER,
+    Stage,
+    find_trained,
+    load_shards,
+    update_average,
+)
 
 
 KL_WEIGHT = 1e-4  # of the divergence for a colour value
 EDGE_WEIGHT = 1.0
 ENERGY_WEIGHT = 1.0
 ENERGY_WINDOW = 8  # px
-ADVERSARY_STEPS = 1500  # before it comes in
-# How strong the adversary's gradient is at the last layer, beside that of the other terms.
-ADVERSARY_SHARE = 0.3
 STATISTICS_CROPS = 64
+LATENT_NOISE = 0.15  # at most, in the decoder stage; of the latents' standard deviation
 
 
 def local_edge_energy(images: torch.Tensor) -> torch.Tensor:
@@ -69,6 +78,8 @@ def make_adversary(width: int) -> torch.nn.Sequential:
 class VaeStage(Stage):
     name = "vae"
     learning_rate = 5e-4
+    adversary_steps = 1500  # before it comes in
+    adversary_share = 0.3  # of the norm of the other terms' gradient, at the decoded pixels
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -83,29 +94,36 @@ class VaeStage(Stage):
         self.copies = [self.vae, self.average]
         self.optimizers = {
             name: self.make_optimizer(module, betas=(0.5, 0.99), weight_decay=0.0)
-            for name, module in (("vae", self.vae), ("adversary", self.adversary))
+            for name, module in (("vae", self.trained_module()), ("adversary", self.adversary))
         }
+
+    def trained_module(self) -> torch.nn.Module:
+        return self.vae
 
     def train_step(self) -> dict[str, torch.Tensor]:
         rng = sample_rng(self.seed, self.step)
         # Half the side: convolutions need no more context. Half the batch: more steps help more than larger ones.
         images = draw_crops(self.photos, self.sizes.batch // 2, self.sizes.crop // 2, rng)
         with self.autocast():
-            posterior = self.vae.encode(images).latent_dist
-            generator = device_generator(rng, self.device)
-            noise = torch.randn(posterior.mean.shape, generator=generator, device=self.device)
-            decoded = self.vae.decode(posterior.mean + posterior.std * noise).sample
+            latents, kl = self.draw_latents(images, device_generator(rng, self.device))
+            decoded = self.vae.decode(latents).sample
         decoded = decoded.float()
         loss = reconstruction_loss(decoded, images)
         values = {"loss": loss.detach()}
         (gradient,) = torch.autograd.grad(loss, decoded)
-        if self.step >= ADVERSARY_STEPS:
+        if self.step >= self.adversary_steps:
             gradient = gradient + self.adversary_gradient(decoded.detach(), gradient)
             values["adversary"] = self.train_adversary(images, decoded.detach())
-        kl = KL_WEIGHT * posterior.kl().mean() / images[0].numel()
         self.update("vae", (gradient * decoded).sum() + kl)
         update_average(self.average, self.vae, self.step)
         return values
+
+    def draw_latents(self, images: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents to decode, and what their divergence adds to the loss."""
+        posterior = self.vae.encode(images).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator, device=self.device)
+        kl = KL_WEIGHT * posterior.kl().mean() / images[0].numel()
+        return posterior.mean + posterior.std * noise, kl
 
     def adversary_gradient(self, decoded: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         """Where the adversary wants the decoded pixels, at a share of the norm of the loss's gradient."""
@@ -113,7 +131,7 @@ class VaeStage(Stage):
         with self.autocast():
             score = self.adversary(decoded).float().mean()
         (wanted,) = torch.autograd.grad(-score, decoded)
-        return ADVERSARY_SHARE * gradient.norm() / (wanted.norm() + 1e-12) * wanted
+        return self.adversary_share * gradient.norm() / (wanted.norm() + 1e-12) * wanted
 
     def train_adversary(self, images: torch.Tensor, decoded: torch.Tensor) -> torch.Tensor:
         with self.autocast():
@@ -122,9 +140,15 @@ class VaeStage(Stage):
         self.update("adversary", loss)
         return loss.detach()
 
-    @torch.no_grad()
     def save_model(self, folder: Path) -> None:
-        """With the scale and the shift that bring the latents of training crops to unit variance and zero mean."""
+        scaling_factor, shift_factor = self.latent_scale()
+        vae = deepcopy(self.average)
+        vae.register_to_config(scaling_factor=scaling_factor, shift_factor=shift_factor)
+        vae.half().save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+
+    @torch.no_grad()
+    def latent_scale(self) -> tuple[float, float]:
+        """The scale and the shift that bring the latents of training crops to unit variance and zero mean."""
         rng = sample_rng(self.seed, 0, 1)
         side = self.sizes.crop // 2
         latents = [
@@ -132,9 +156,7 @@ class VaeStage(Stage):
             for _ in range(STATISTICS_CROPS // 8)
         ]
         std, mean = torch.std_mean(torch.cat(latents))
-        vae = deepcopy(self.average)
-        vae.register_to_config(scaling_factor=1 / float(std), shift_factor=float(mean))
-        vae.half().save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+        return 1 / float(std), float(mean)
 
     @torch.no_grad()
     def measure(self, held_out: list[torch.Tensor]) -> dict[str, float]:
@@ -147,3 +169,39 @@ class VaeStage(Stage):
             "psnr_db": float(psnr(decoded.clamp(-1, 1), images).mean()),
             "gradient_energy": float((gradient_energy(decoded) / gradient_energy(images)).mean()),
         }
+
+
+class DecoderStage(VaeStage):
+    """
+    Trains the decoder of the VAE stage's result further; may run while FLUX trains on its latents.
+
+    Arguments are those of [`Stage`].
+    """
+
+    name = "decoder"
+    adversary_steps = 0
+    adversary_share = 0.5
+
+    def __init__(self, sizes: Sizes, photos: list[torch.Tensor], work: Path, seed: int, device: torch.device):
+        super().__init__(sizes, photos, work, seed, device)
+        folder = find_trained(work, "vae")
+        trained = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32)
+        self.scaling_factor, self.shift_factor = trained.config.scaling_factor, trained.config.shift_factor
+        for vae in self.copies:
+            vae.load_state_dict(trained.state_dict())
+        state = folder.with_name(STATE_FOLDER)
+        if state.is_dir():
+            self.load_module("adversary", load_shards(state))
+
+    def trained_module(self) -> torch.nn.Module:
+        return self.vae.decoder
+
+    def draw_latents(self, images: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.no_grad():
+            latents = self.vae.encode(images).latent_dist.mean
+        share = torch.rand((len(images), 1, 1, 1), generator=generator, device=self.device)
+        noise = torch.randn(latents.shape, generator=generator, device=self.device)
+        return latents + LATENT_NOISE / self.scaling_factor * share * noise, torch.zeros((), device=self.device)
+
+    def latent_scale(self) -> tuple[float, float]:
+        return self.scaling_factor, self.shift_factor
