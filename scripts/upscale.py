@@ -455,12 +455,13 @@ def upscale_file(job: Job, enlarge: Callable, args: argparse.Namespace) -> str:
 
 
 def software_text(args: argparse.Namespace) -> str:
-    version = re.findall(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[0]
+    from flux_dino_tile import __version__
+
     settings = {"method": "flux" if args.use_flux else "bicubic", "scale": args.scale}
     if args.use_flux:
         options = vars(args)
         settings |= {name: options[name] for name in PICTURE_OPTIONS if options[name] is not None}
-    return f"flux-dino-tile {version} {json.dumps(settings)}"
+    return f"flux-dino-tile {__version__} {json.dumps(settings)}"
 
 
 def enlarge_bicubic(image: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -12,6 +12,8 @@ import pytest
 import upscale
 from PIL import ExifTags, Image
 
+from flux_dino_tile import __version__
+
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "upscale.py"
@@ -41,7 +43,7 @@ def usage_error(capsys, *arguments):
 
 def settings_of(path):
     name, version, settings = Image.open(path).getexif()[ExifTags.Base.Software].split(" ", 2)
-    assert (name, version) == ("flux-dino-tile", "0.1.0")
+    assert (name, version) == ("flux-dino-tile", __version__)
     return json.loads(settings)
 
 
