@@ -92,6 +92,10 @@ FLAT_TILE_CONTRAST = 0.01
 FLAT_TILE_SQUARE = 64
 FLAT_TILE_DINO_SPREAD = 0.3
 
+SEAM_OFFSETS = (-32, -16, 16, 32)  # px, of the lines that a tile's border is compared with
+LEAST_STEP = 1e-6
+SUSPECT_SIMILARITY = 0.5  # a guess: DINO's similarity of input and result below which a tile may show something else
+
 # Backends that add a float mask of shape (B, 1, 1, S) to the logits; the others refuse a mask.
 MASK_BACKENDS = (
     AttentionBackendName.NATIVE,
@@ -205,6 +209,13 @@ class TilePlan(Sequence):
     @property
     def tokens_per_tile(self) -> int:
         return math.prod(self.tile_tokens)
+
+    @property
+    def borders(self) -> tuple[list[int], list[int]]:
+        """The first pixel rows and columns beyond the tiles' borders inside the canvas."""
+        rows = {*self.tops[1:], *(top + self.tile_height for top in self.tops[:-1])}
+        columns = {*self.lefts[1:], *(left + self.tile_width for left in self.lefts[:-1])}
+        return sorted(rows), sorted(columns)
 
     def windows(self, pixels_per_cell: int = 1) -> Iterator[torch.Tensor]:
         """Yields each tile's blending weights `(rows, columns)`; at every cell of the canvas they sum to one."""
@@ -474,6 +485,68 @@ def feature_spread(features: torch.Tensor) -> torch.Tensor:
     """Mean distance (1 - cosine) of `(batch, rows, columns, dim)` features from their mean. Shape `(batch,)`."""
     features = features.float().flatten(1, 2)
     return 1 - F.cosine_similarity(features, features.mean(1, keepdim=True), dim=-1).mean(1)
+
+
+# ---- Diagnostics ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class FluxDinoTilePipelineOutput(FluxPipelineOutput):
+    """Images and, if they were asked for, numbers about their tiles, tensors of shape `(num_tiles, batch)`."""
+
+    tile_plan: TilePlan | None = None
+    dino_similarity: Any = None  # of result to input; NaN without a DINO encoder
+    seam_score: Any = None  # see `tile_seam_scores`
+    suspects: list[list[Tile]] | None = None  # for each image the tiles of too little similarity
+
+
+def dino_similarity(features: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Mean cosine of features `(..., rows, columns, dim)` at the same place, from -1 to 1 for equal ones."""
+    return F.cosine_similarity(features.float(), others.float().to(features.device), dim=-1).mean((-2, -1)).cpu()
+
+
+def line_steps(image: torch.Tensor, axis: int) -> np.ndarray:
+    """Mean step of a `(3, height, width)` picture across each line between two rows (axis 0) or columns (axis 1)."""
+    return image.diff(dim=axis + 1).abs().mean((0, 2 - axis)).cpu().numpy()
+
+
+def seam_ratio(image: torch.Tensor, rows: Sequence[int], columns: Sequence[int]) -> float:
+    """
+    How much larger the steps across the tiles' borders are than those one and two tokens away: 1 without seams.
+
+    Lines on the token grid are compared with each other, for a grid of the VAE's own is not a seam.
+
+    Args:
+        image (`torch.Tensor` of shape `(3, height, width)`): The picture.
+        rows, columns (`Sequence[int]`): The first pixel row or column beyond each border inside the picture.
+    """
+    across, beside = [], []
+    for axis, lines in enumerate((rows, columns)):
+        steps = line_steps(image, axis)
+        for line in lines:
+            others = [line + offset for offset in SEAM_OFFSETS if 0 < line + offset <= len(steps)]
+            across.append(steps[line - 1])
+            beside.append(np.mean([steps[other - 1] for other in others if other not in lines]))
+    # The least step keeps a picture without any from dividing by 0.
+    return float((np.mean(across) + LEAST_STEP) / (np.mean(beside) + LEAST_STEP))
+
+
+def tile_seam_scores(image: torch.Tensor, plan: TilePlan) -> list[float]:
+    """
+    For each tile of a padded `(3, height, width)` picture the [`seam_ratio`] of its and its neighbours' borders in it
+    and on its edge; 1 for a single tile.
+    """
+    margin = max(SEAM_OFFSETS)
+    scores = []
+    for top, left, height, width in plan:
+        starts = (max(0, top - margin), max(0, left - margin))
+        region = image[:, starts[0] : top + height + margin, starts[1] : left + width + margin]
+        lines = [
+            [border - start for border in borders if first <= border <= first + length]
+            for borders, first, length, start in zip(plan.borders, (top, left), (height, width), starts)
+        ]
+        scores.append(seam_ratio(region, *lines) if any(lines) else 1.0)
+    return scores
 
 
 # ---- DINO features to tokens ---------------------------------------------------------------------------------------
@@ -1083,6 +1156,23 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         if not isinstance(tensor_inputs, (list, tuple)) and (callback_on_step_end or tensor_inputs is not None):
             raise ValueError(f"`callback_on_step_end_tensor_inputs` must be a list but is {tensor_inputs!r}.")
 
+    def check_diagnosis_inputs(self, image, output_type, latents, suspect_threshold, redo_start_sigma, start_sigma):
+        r"""Checks what a diagnosis of the tiles, and doing some again, need; raises a `ValueError`."""
+        check_number("suspect_threshold", suspect_threshold, -1, 1, "It is a mean cosine of DINO features.")
+        if output_type == "latent" or self.is_latent_image(image):
+            raise ValueError(
+                "`return_diagnostics` and `redo_start_sigma` compare pixels, but `image` or `output_type`"
+                f" ({output_type!r}) is latents. Pass pixels, and another `output_type`."
+            )
+        if redo_start_sigma is not None:
+            remedy = f"It must be less noise than the tiles start from at first, {start_sigma:.3g}."
+            check_number("redo_start_sigma", redo_start_sigma, 0.01, np.nextafter(start_sigma, 0), remedy)
+            if latents is not None or self.dino_encoder is None or self.dino_projector is None:
+                raise ValueError(
+                    f"`redo_start_sigma` ({redo_start_sigma:g}) needs a DINO projector to find the tiles, and no"
+                    " `latents`. Call `load_dino_projector`, or pass None."
+                )
+
     def check_prompt_inputs(self, texts: dict, embeds: dict, max_sequence_length, joint_attention_kwargs):
         r"""
         Checks the texts, or their embeddings, by the argument's name; raises a `ValueError`. The parent's
@@ -1544,6 +1634,20 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
                 " `start_sigma` or `strength`, or raise `dino_guidance_start`."
             )
 
+    @torch.no_grad()
+    def diagnose_tiles(self, images, plan, features, suspect_threshold=SUSPECT_SIMILARITY):
+        r"""
+        Compares the tiles of results with the `features` of the input, from [`~FluxDinoTilePipeline.encode_dino`].
+        DINO steers the result too, so that its similarity is no independent judgement.
+        """
+        pixels = self.prepare_image(images, *self.get_output_size(images, upscale_factor=1))
+        scores = torch.tensor([tile_seam_scores(self.crop_pixels(image[None])[0], plan) for image in pixels]).T
+        similarity = torch.full_like(scores, torch.nan)
+        if features is not None and self.dino_encoder is not None:
+            similarity = dino_similarity(self.encode_dino_tiles(pixels, plan), features)
+        suspects = [[tile for tile, value in zip(plan, c) if value < suspect_threshold] for c in similarity.T]
+        return FluxDinoTilePipelineOutput(images, plan, similarity, scores, suspects)
+
     @staticmethod
     def expand_images(values: torch.Tensor, num_prompts: int, batch_size: int) -> torch.Tensor:
         r"""Repeats `(num_images, ...)` values for the prompts, then each of them for its `num_images_per_prompt`."""
@@ -1712,6 +1816,23 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             flat = [is_flat and spread <= FLAT_TILE_DINO_SPREAD for is_flat, spread in zip(flat, spreads)]
         return [index for index, is_flat in enumerate(flat) if is_flat]
 
+    def redo_tiles(self, canvas, noisy, suspects, timesteps, plan, tile_batches, dino, conditions, true_cfg_scale):
+        r"""
+        Denoises tiles of a finished canvas, those in `suspects` `(num_tiles, batch)`, again from a `noisy` one, each
+        alone and with DINO in every step, and blends them in.
+        """
+        cell = self.vae_scale_factor
+        finished = crop_tiles(canvas, plan, cell)
+        kept = {index: finished[index] for index in range(len(plan)) if not suspects[index].any()}
+        state = crop_tiles(noisy, plan, cell)
+        with self.dino_attention(dino), self.progress_bar(total=len(timesteps) * len(tile_batches)) as bar:
+            for t in timesteps:
+                arguments = (*conditions, dino, tile_batches, true_cfg_scale, bar)
+                velocity = self.predict_state_velocity(state, t, plan, kept, *arguments)
+                state = self.scheduler.step(velocity, t, state, return_dict=False)[0]
+        suspects = suspects[:, :, None, None, None].to(state.device)
+        return canvas + blend_tiles(torch.where(suspects, state - finished, 0.0), plan, cell)
+
     def run_callback(self, callback, index, timestep, tensor_inputs, canvas, branch, plan):
         r"""Calls `callback_on_step_end` with the packed canvas; returns the canvas and the branch that it leaves."""
         packed = self.pack_canvas(canvas)
@@ -1767,7 +1888,10 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         dino_embeds: torch.Tensor | None = None,
         color_fix: str | None = None,
         skip_flat_tiles: bool | float = False,
-    ) -> FluxPipelineOutput | tuple:
+        return_diagnostics: bool = False,
+        suspect_threshold: float = SUSPECT_SIMILARITY,
+        redo_start_sigma: float | None = None,
+    ) -> FluxDinoTilePipelineOutput | tuple:
         r"""
         Enlarges an image. Arguments up to `max_sequence_length` are the parent's, in its order.
 
@@ -1870,11 +1994,20 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
                 Leaves flat tiles, such as clear sky, at the input's latents instead of denoising them. A tile is flat
                 if its [`tile_contrast`] is at most this number in (0, 1], 0.01 for `True`, and DINO, where it is on,
                 sees one thing in it. Neighbours blend into it by the same windows.
+            return_diagnostics (`bool`, defaults to `False`):
+                Whether the output carries the tile plan, each tile's `dino_similarity` to the input and `seam_score`,
+                and the suspects.
+            suspect_threshold (`float`, defaults to 0.5):
+                Similarity, from -1 to 1, below which a tile is suspect: it may show what the input does not.
+            redo_start_sigma (`float`, *optional*):
+                Denoises the suspect tiles once more, from the input with this lower share of noise, and blends them
+                in; the diagnostics are those of the new picture.
 
         Examples:
 
         Returns:
-            [`~pipelines.flux.FluxPipelineOutput`] or `tuple`: The images, in a tuple with `return_dict=False`.
+            [`FluxDinoTilePipelineOutput`] or `tuple`: The images and what `return_diagnostics` adds, in a tuple with
+            `return_dict=False`.
 
         Raises:
             `ValueError`: If an argument is out of range or does not fit another, before any model runs.
@@ -1943,6 +2076,10 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             strength, sigmas, start_sigma, num_inference_steps, guidance_scale
         )
         timesteps = self.get_tile_timesteps(num_inference_steps, sigmas, strength, start_sigma, plan)
+        is_diagnosed = return_diagnostics or redo_start_sigma is not None
+        if is_diagnosed:
+            first_sigma = float(timesteps[0]) / self.scheduler.config.num_train_timesteps
+            self.check_diagnosis_inputs(image, output_type, latents, suspect_threshold, redo_start_sigma, first_sigma)
         batch_size = num_prompts * num_images_per_prompt
         device = self._execution_device
         if self.is_compiled and tile_size is None:
@@ -2036,12 +2173,27 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
                 fix_color = partial(match_color, reference=reference, method=color_fix)
             images = self.decode_image(canvas, plan, height, width, output_type, fix_color)
 
+        # 8. Compare the tiles with the input's, and redo those that show something else
+        output = FluxDinoTilePipelineOutput(images)
+        if is_diagnosed:
+            if features is None and self.dino_encoder is not None and self.dino_projector is not None:
+                features = self.encode_dino_tiles(canvas_image, plan).transpose(0, 1)
+                features = self.expand_images(features, num_prompts, batch_size).transpose(0, 1)
+            output = self.diagnose_tiles(images, plan, features, suspect_threshold)
+            suspects = output.dino_similarity < suspect_threshold
+            if redo_start_sigma is not None and suspects.any():
+                indices = suspects.any(1).nonzero().flatten().tolist()
+                timesteps = self.get_tile_timesteps(num_inference_steps, None, None, redo_start_sigma, plan)
+                noisy = self.add_noise(image_latents, timesteps[:1], generator)
+                arguments = (self.get_tile_batches(indices, tile_batch_size), dino, (branches, guidance))
+                canvas = self.redo_tiles(canvas, noisy, suspects, timesteps, plan, *arguments, true_cfg_scale)
+                images = self.decode_image(canvas, plan, height, width, output_type, fix_color)
+                output = self.diagnose_tiles(images, plan, features, suspect_threshold)
+
         # Offload all models
         self.maybe_free_model_hooks()
 
-        if not return_dict:
-            return (images,)
-        return FluxPipelineOutput(images=images)
+        return output if return_dict else output.to_tuple()
 
 
 # ---- Helpers of the pipeline ---------------------------------------------------------------------------------------

@@ -25,8 +25,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from training_runs import save_photos
 
+from dino_projector import metrics
 from dino_projector.data import sample_rng
-from dino_projector.demo_training import metrics, stages, vae
+from dino_projector.demo_training import stages, vae
 from dino_projector.demo_training.assemble import CHECKPOINT_FOLDER, assemble, check_sizes
 from dino_projector.demo_training.captions import Language, describe_squares, place_codes
 from dino_projector.demo_training.crops import center_crop, cut_crop, draw_crops, load_photos, make_pyramid
@@ -36,7 +37,7 @@ from dino_projector.demo_training.flux import FluxStage
 from dino_projector.demo_training.sizes import SIZES, count_weights, make_dino, make_transformer, make_vae
 from dino_projector.demo_training.stages import load_shards, run_stage, save_shards, update_average
 from dino_projector.demo_training.vae import VaeStage
-from pipeline_flux_dino_tile import DinoProjector, FluxDinoTilePipeline
+from pipeline_flux_dino_tile import DinoProjector, FluxDinoTilePipeline, seam_ratio
 
 
 CPU = torch.device("cpu")
@@ -346,13 +347,13 @@ def test_gradient_energy_and_psnr_of_known_pictures():
 
 def test_the_seam_ratio_of_a_ramp_is_one_and_of_a_step_its_height():
     ramp = torch.arange(64.0).expand(3, 64, 64)
-    assert metrics.seam_ratio(ramp, [], [32]) == pytest.approx(1)
+    assert seam_ratio(ramp, [], [32]) == pytest.approx(1)
     step = ramp + 2 * (torch.arange(64) >= 32)
-    assert metrics.seam_ratio(step, [], [32]) == pytest.approx(3)
-    assert metrics.seam_ratio(step.transpose(1, 2), [32], []) == pytest.approx(3)
+    assert seam_ratio(step, [], [32]) == pytest.approx(3)
+    assert seam_ratio(step.transpose(1, 2), [32], []) == pytest.approx(3)
     # A grid of the VAE is no seam.
     blocks = ramp + torch.arange(64) // 8
-    assert metrics.seam_ratio(blocks, [], [32]) == pytest.approx(1)
+    assert seam_ratio(blocks, [], [32]) == pytest.approx(1)
 
 
 def test_the_grid_ratio():

@@ -24,12 +24,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from pipeline_flux_dino_tile import FluxDinoTilePipeline
+from pipeline_flux_dino_tile import FluxDinoTilePipeline, seam_ratio
 
 from ..data import ImageFolder, Sampling, first_pairs, to_bytes
+from ..metrics import Interval, bootstrap_mean, gradient_energy, grid_ratio, is_monotone, psnr
 from ..validation import CONDITIONS, bin_centers, example_losses, make_examples
 from .crops import center_crop, load_photos
-from .metrics import Interval, bootstrap_mean, gradient_energy, grid_ratio, is_monotone, psnr, seam_ratio
 from .projector import SIGMA_MAX, SIGMA_MIN
 
 
@@ -106,14 +106,6 @@ def velocity_losses(pipe: FluxDinoTilePipeline, held_out: Path, resolution: int,
         examples = make_examples(pipe, plan, pairs, seed + crop)
         losses.append(example_losses(pipe, plan, examples, branch, None, sigmas))
     return {name: np.mean([entry[name] for entry in losses], axis=0) for name in CONDITIONS}
-
-
-def tile_borders(pipe: FluxDinoTilePipeline, side: int, tile_size: int | None) -> tuple[list[int], list[int]]:
-    """The first pixel rows and columns beyond the tiles' borders inside the picture."""
-    plan = pipe.plan_tiles(side, side, tile_size)
-    rows = {*plan.tops[1:], *(top + plan.tile_height for top in plan.tops[:-1])}
-    columns = {*plan.lefts[1:], *(left + plan.tile_width for left in plan.lefts[:-1])}
-    return sorted(rows), sorted(columns)
 
 
 def measure_pictures(results: Sequence[Upscaled], judge: Callable, borders) -> dict[str, Any]:
@@ -227,7 +219,7 @@ def evaluate(
     others = [*photos[1:], photos[0]]
     results = [Upscaled(pipe, photo, other, side, tile_size, seed) for photo, other in zip(photos, others)]
     numbers |= measure_vae(pipe, results)
-    numbers |= measure_pictures(results, judge, tile_borders(pipe, side, tile_size))
+    numbers |= measure_pictures(results, judge, pipe.plan_tiles(side, side, tile_size).borders)
     numbers["seconds_on_cpu"] = time_call(checkpoint, side, tile_size)
     numbers["cpu_threads"] = torch.get_num_threads()
     return numbers, make_sheet(results)

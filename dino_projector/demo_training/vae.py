@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
 from ..data import sample_rng
+from ..metrics import edges, gradient_energy, psnr
 from .crops import center_crop, draw_crops
-from .metrics import edges, gradient_energy, psnr
 from .sizes import make_vae
 from .stages import MAX_SHARD_SIZE, Stage, device_generator, update_average
 

@@ -22,9 +22,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from pipeline_flux_dino_tile import line_steps
+
 
 NUM_RESAMPLES = 10_000
-SEAM_OFFSETS = (-32, -16, 16, 32)  # px, of the lines that a tile's border is compared with
 JUDGE_MEAN = 127.0
 JUDGE_STD = 128.0
 
@@ -43,31 +44,6 @@ def gradient_energy(images: torch.Tensor) -> torch.Tensor:
 def psnr(images: torch.Tensor, originals: torch.Tensor) -> torch.Tensor:
     """Peak signal-to-noise ratio in dB."""
     return 10 * torch.log10(4 / (images - originals).square().mean((1, 2, 3)))
-
-
-def line_steps(image: torch.Tensor, axis: int) -> np.ndarray:
-    """Mean step of a `(3, height, width)` picture across each line between two rows (axis 0) or columns (axis 1)."""
-    return image.diff(dim=axis + 1).abs().mean((0, 2 - axis)).cpu().numpy()
-
-
-def seam_ratio(image: torch.Tensor, rows: Sequence[int], columns: Sequence[int]) -> float:
-    """
-    How much larger the steps across the tiles' borders are than those one and two tokens away: 1 without seams.
-
-    Lines on the token grid are compared with each other, for a grid of the VAE's own is not a seam.
-
-    Args:
-        image (`torch.Tensor` of shape `(3, height, width)`): The picture.
-        rows, columns (`Sequence[int]`): The first pixel row or column beyond each border inside the picture.
-    """
-    across, beside = [], []
-    for axis, lines in enumerate((rows, columns)):
-        steps = line_steps(image, axis)
-        for line in lines:
-            others = [line + offset for offset in SEAM_OFFSETS if 0 < line + offset <= len(steps)]
-            across.append(steps[line - 1])
-            beside.append(np.mean([steps[other - 1] for other in others if other not in lines]))
-    return float(np.mean(across) / np.mean(beside))
 
 
 def grid_ratio(image: torch.Tensor, period: int = 8) -> float:
