@@ -14,7 +14,7 @@ from tiny_models import ROOT
 
 
 PACKAGES = ("pipeline_flux_dino_tile.py", "flux_dino_tile", "dino_projector")
-SOURCES = (*PACKAGES, "scripts", "tests", "docs", "samples", "model_card.md", "CHANGELOG.md")
+SOURCES = (*PACKAGES, "scripts", "tests", "docs", "notebooks", "samples", "model_card.md", "CHANGELOG.md")
 ALWAYS = ("README.md", "LICENSE", "pyproject.toml", ".gitignore")
 VERSION = flux_dino_tile.__version__
 
