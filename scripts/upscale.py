@@ -19,6 +19,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -40,6 +41,7 @@ from image_files import (
     upright_size,
     write_picture,
 )
+from processes import REMEDY, ProcessError, Processes
 
 
 # torch and the pipeline take seconds to import, so only the functions that need them do it.
@@ -70,8 +72,14 @@ FLUX_DEFAULTS = {
     "memory": None,
     "color_fix": None,
     "compile": False,
+    "resume": False,
+    "checkpoint_steps": 1,
+    "worker_timeout": 600.0,
 }
-MACHINE_OPTIONS = ("tile_batch_size", "device", "offload", "memory", "compile")
+MACHINE_OPTIONS = (
+    *("tile_batch_size", "device", "offload", "memory", "compile"),
+    *("resume", "checkpoint_steps", "worker_timeout"),
+)
 PICTURE_OPTIONS = [name for name in FLUX_DEFAULTS if name not in MACHINE_OPTIONS]
 PLAN_OPTIONS = ("model", "tile_size", "tile_overlap", "text_tokens")
 
@@ -95,7 +103,9 @@ UNQUANTIZED_LAYERS = [
 PLAN_FILES = ("model_index.json", "transformer/config.json", "vae/config.json")
 MODEL_FILES = (*PLAN_FILES, "scheduler/scheduler_config.json")
 
-EXPECTED_ERRORS = (OSError, ValueError, RuntimeError, MemoryError)
+EXPECTED_ERRORS = (OSError, ValueError, RuntimeError, MemoryError, FloatingPointError)
+# What the pipeline raises in all processes that share an image, or in none.
+COMMON_ERRORS = (ValueError, FloatingPointError)
 
 
 class UsageError(Exception):
@@ -286,6 +296,25 @@ def build_parser() -> Parser:
         help="compile the transformer and the VAE: minutes at first, faster after; all images get the tile size that "
         "is planned for the first",
     )
+    add(
+        "--resume",
+        action="store_true",
+        help="keep a checkpoint of the image in work, in a hidden folder beside the output, and go on from it: the "
+        "same command after a crash gives the same image, and with other settings the image fails",
+    )
+    add(
+        "--checkpoint-steps",
+        metavar="N",
+        type=number(int, 1),
+        help="steps from one checkpoint to the next, with --resume (default: 1)",
+    )
+    add(
+        "--worker-timeout",
+        metavar="SECONDS",
+        type=number(float, 1),
+        help="with several processes (accelerate launch): end when one gives no sign of life for so long (default: "
+        "600)",
+    )
     return parser
 
 
@@ -406,7 +435,8 @@ def target_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
 
 def say(text: str, file=None) -> None:
     """Prints a line above the progress bars."""
-    tqdm.write(text, file=file or sys.stdout)
+    # In one write, so that lines of several processes do not run into each other.
+    tqdm.write(f"{text}\n", file=file or sys.stdout, end="")
 
 
 def say_error(text: str) -> None:
@@ -428,6 +458,10 @@ def check_job(job: Job, args: argparse.Namespace) -> str:
             f"{job.source}: skipped, {job.target} is already there, whatever settings made it"
             " (--overwrite makes it anew)"
         )
+        checkpoint = checkpoint_folder(job.target)
+        # Killed between the output and the deletion of its checkpoint.
+        if os.path.isdir(checkpoint) and checkpoint.stat().st_mtime <= job.target.stat().st_mtime:
+            shutil.rmtree(checkpoint, ignore_errors=True)
         return "skipped"
     size = target_size(upright_size(job.source), args.scale)
     check_writable(job.target, size)
@@ -440,14 +474,23 @@ def check_job(job: Job, args: argparse.Namespace) -> str:
     return "ready"
 
 
-def upscale_file(job: Job, enlarge: Callable, args: argparse.Namespace) -> str:
+def checkpoint_folder(target: Path) -> Path:
+    return target.with_name(f".{target.name}.checkpoint")
+
+
+def upscale_file(job: Job, enlarge: Callable, args: argparse.Namespace, writes: bool) -> str:
     picture = read_picture(job.source)
     if args.use_flux and picture.image.mode == "F":
         picture.image = grey_integers(picture.image, 255)
         picture.notes.append("16 bits become 8 with FLUX")
     size = target_size(picture.image.size, args.scale)
-    picture.image = enlarge(picture.image, size)
+    options = {"checkpoint_dir": checkpoint_folder(job.target)} if args.resume else {}
+    picture.image = enlarge(picture.image, size, **options)
+    if not writes:
+        return "done"
     lost = write_picture(picture, job.target, software_text(args))
+    if args.resume:
+        shutil.rmtree(checkpoint_folder(job.target), ignore_errors=True)
     for note in picture.notes + lost:
         say(f"{job.source}: {note}")
     say(f"{job.source} -> {job.target} ({size[0]}x{size[1]} px)")
@@ -468,10 +511,14 @@ def enlarge_bicubic(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image.resize(size, Image.Resampling.BICUBIC)
 
 
-def enlarge_flux(pipe, args: argparse.Namespace, image: Image.Image, size: tuple[int, int]) -> Image.Image:
+def enlarge_flux(
+    pipe, args: argparse.Namespace, process_group, image: Image.Image, size: tuple[int, int], checkpoint_dir=None
+) -> Image.Image:
+    """The enlarged image; with a `process_group`, whose processes make the same call, they share its tiles."""
     import torch
 
-    result = pipe(
+    call = partial(
+        pipe,
         image=image.convert("RGB"),
         width=size[0],
         height=size[1],
@@ -489,7 +536,20 @@ def enlarge_flux(pipe, args: argparse.Namespace, image: Image.Image, size: tuple
         # On the CPU, so that a seed means the same noise on every machine.
         generator=torch.Generator("cpu").manual_seed(args.seed),
         output_type="pil",
-    ).images[0]
+        checkpoint_dir=checkpoint_dir,
+        checkpoint_steps=args.checkpoint_steps,
+        process_group=process_group,
+    )
+    try:
+        result = call().images[0]
+    except COMMON_ERRORS:
+        raise
+    except EXPECTED_ERRORS as error:
+        if process_group is None:
+            raise
+        raise ProcessError(
+            f"a process that shares the tiles failed or is gone ({first_line(error)}); {REMEDY}"
+        ) from error
     if image.mode in ("L", "LA"):
         result = result.convert("L")
     if image.mode in ("LA", "RGBA"):
@@ -504,6 +564,8 @@ def load_flux(args: argparse.Namespace):
     from pipeline_flux_dino_tile import FluxDinoTilePipeline
 
     args.device = args.device or default_device(torch)
+    if args.device == "cuda" and "LOCAL_RANK" in os.environ:
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     check_device(torch, args.device)
     on_cpu = torch.device(args.device).type == "cpu"
     if on_cpu and args.offload != "none":
@@ -527,6 +589,9 @@ def load_flux(args: argparse.Namespace):
         say("no DINO projector: the tiles are not told what they show (--projector gives one)")
     elif args.dino_strength is None:
         args.dino_strength = 1.0
+    if args.dtype == "float16" and pipe.vae.config.get("force_upcast"):
+        # The VAE's own word that it overflows in float16.
+        pipe.vae.to(torch.float32)
     args.steps, args.guidance, args.start_sigma = pipe.get_default_settings(
         None, None, args.start_sigma, args.steps, args.guidance
     )
@@ -698,22 +763,35 @@ def print_plans(jobs: list[Job], args: argparse.Namespace) -> Counter:
 
 
 def upscale(jobs: list[Job], args: argparse.Namespace) -> Counter:
+    processes = Processes(args.worker_timeout, say_error)
     outcomes: Counter = Counter()
     waiting = []
-    for job in jobs:
-        outcome = attempt(check_job, job, args)
-        if outcome == "ready":
-            waiting.append(job)
-        else:
-            outcomes[outcome] += 1
+    if processes.is_first:
+        for job in jobs:
+            outcome = attempt(check_job, job, args)
+            if outcome == "ready":
+                waiting.append(job)
+            else:
+                outcomes[outcome] += 1
+    names = processes.from_first([[str(path) for path in job] for job in waiting])
+    waiting = [Job(Path(source), Path(target)) for source, target in names]
 
+    # With fewer images than processes, all work on the tiles of one image.
+    shares_tiles = args.use_flux and 0 < len(waiting) < processes.count
+    writes = processes.is_first or not shares_tiles
     enlarge: Callable = enlarge_bicubic
     if args.use_flux and waiting:
-        enlarge = partial(enlarge_flux, load_flux(args), args)
+        pipe = load_flux(args)
+        if not processes.is_first:
+            pipe.set_progress_bar_config(disable=True)
+        enlarge = partial(enlarge_flux, pipe, args, processes.join_group() if shares_tiles else None)
     # `None` shows the bar on terminals only.
-    for job in tqdm(waiting, unit="image", disable=None if len(waiting) > 1 else True):
-        outcomes[attempt(upscale_file, job, enlarge, args)] += 1
-    if len(jobs) > 1:
+    is_hidden = None if len(waiting) > 1 and processes.is_first else True
+    share = waiting if shares_tiles else processes.take(waiting)
+    for job in tqdm(share, total=len(waiting), unit="image", disable=is_hidden):
+        outcomes[attempt(upscale_file, job, enlarge, args, writes)] += 1
+    outcomes = processes.collect(outcomes if writes else Counter())
+    if len(jobs) > 1 and processes.is_first:
         say(", ".join(f"{outcomes[outcome]} {outcome}" for outcome in ("done", "skipped", "failed")))
     return outcomes
 
@@ -721,13 +799,20 @@ def upscale(jobs: list[Job], args: argparse.Namespace) -> Counter:
 def main(argv: list[str] | None = None) -> int:
     # transformers reads it when it is imported, and says then that torchvision, which nothing here needs, is missing.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Likewise torch, which shows where in its code it was when another process went away.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         args = parse_arguments(sys.argv[1:] if argv is None else argv)
         jobs = find_jobs(args)
+        if args.plan and int(os.environ.get("RANK", 0)) > 0:
+            return 0
         outcomes = print_plans(jobs, args) if args.plan else upscale(jobs, args)
     except UsageError as error:
         say_error(str(error))
         return 2
+    except ProcessError as error:
+        say_error(str(error))
+        return 1
     except KeyboardInterrupt:
         say_error("interrupted")
         return 130

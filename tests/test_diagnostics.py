@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline_flux_dino_tile import dino_similarity, plan_tiles, tile_seam_scores
+from pipeline_flux_dino_tile import dino_similarity, plan_tiles, seam_ratio, tile_seam_scores
 from tiny_models import ROOT, tiny_pipeline
 
 
@@ -73,6 +73,8 @@ def test_a_picture_without_steps_and_a_single_tile_have_no_seam():
     flat = torch.full((3, SIZE, 448), 0.2)
     assert tile_seam_scores(flat, plan_tiles(SIZE, 448, tile_size=SIZE)) == [1, 1]
     assert tile_seam_scores(flat, plan_tiles(SIZE, 448, tile_size=448)) == [1]
+    # Nor has one in which every line that could be compared is a border.
+    assert seam_ratio(torch.rand(3, 48, 64, generator=torch.Generator().manual_seed(0)), [16, 32], [16, 32, 48]) == 1
 
 
 def test_a_swapped_object_is_suspect_at_its_place(pipe):

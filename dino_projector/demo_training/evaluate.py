@@ -67,10 +67,20 @@ class Upscaled:
         other (`torch.Tensor`): Another photo, whose tokens are tried too.
         side (`int`): Of the enlargement, in pixels.
         tile_size (`int`, *optional*): In pixels; the planner's choice by default.
+        start_sigma (`float`, *optional*): The pipeline's default if not given.
         seed (`int`): Of the noise.
     """
 
-    def __init__(self, pipe, photo: torch.Tensor, other: torch.Tensor, side: int, tile_size: int | None, seed: int):
+    def __init__(
+        self,
+        pipe,
+        photo: torch.Tensor,
+        other: torch.Tensor,
+        side: int,
+        tile_size: int | None,
+        start_sigma: float | None,
+        seed: int,
+    ):
         self.original = center_crop(photo, side)
         self.small, other_small = (
             to_picture(center_crop(item, side)).resize((side // FACTOR,) * 2, Image.Resampling.BICUBIC)
@@ -82,8 +92,8 @@ class Upscaled:
 
         def upscale(features: torch.Tensor, strength: float) -> torch.Tensor:
             generator = torch.Generator().manual_seed(seed)
-            call = {"dino_embeds": features, "dino_conditioning_scale": strength, "generator": generator, **size}
-            return to_pixels(pipe(image=self.small, **call).images[0])
+            call = {"dino_embeds": features, "dino_conditioning_scale": strength, "start_sigma": start_sigma}
+            return to_pixels(pipe(image=self.small, generator=generator, **call, **size).images[0])
 
         self.by_strength = [upscale(features, strength) for strength in STRENGTHS]
         self.without, self.with_dino = self.by_strength[0], self.by_strength[-1]
@@ -200,6 +210,7 @@ def evaluate(
     held_out: Path,
     resolution: int,
     tile_size: int | None,
+    start_sigma: float | None,
     seed: int,
     device: torch.device,
     judge: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
@@ -217,7 +228,8 @@ def evaluate(
     numbers = measure_losses(velocity_losses(pipe, held_out, resolution, seed))
     side, photos = FACTOR * resolution, load_photos(held_out, torch.device("cpu"))
     others = [*photos[1:], photos[0]]
-    results = [Upscaled(pipe, photo, other, side, tile_size, seed) for photo, other in zip(photos, others)]
+    settings = (side, tile_size, start_sigma, seed)
+    results = [Upscaled(pipe, photo, other, *settings) for photo, other in zip(photos, others)]
     numbers |= measure_vae(pipe, results)
     numbers |= measure_pictures(results, judge, pipe.plan_tiles(side, side, tile_size).borders)
     numbers["seconds_on_cpu"] = time_call(checkpoint, side, tile_size)
