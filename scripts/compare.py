@@ -169,7 +169,7 @@ def describe_settings(args: argparse.Namespace, argv: list[str]) -> dict[str, st
 
 
 def compare(args: argparse.Namespace, argv: list[str]) -> Path:
-    from dino_projector.comparison.report import Results, write_report
+    from dino_projector.comparison.report import Results, page_data, write_report
     from dino_projector.comparison.sweep import load_samples, make_settings, run_sweep
     from dino_projector.metrics import load_judges
 
@@ -198,7 +198,8 @@ def compare(args: argparse.Namespace, argv: list[str]) -> Path:
     records = run_sweep(samples, settings, output, partial(load_pipeline, args), judges)
     results = Results(samples, settings, records, output)
     described = describe_settings(args, argv)
-    return write_report(results, missing, described, args.suspect_threshold, args.report_pictures, args.report_side)
+    data = page_data(results, missing, described, args.suspect_threshold, args.report_pictures, args.report_side)
+    return write_report(results, data)
 
 
 def say_error(text: str) -> None:
