@@ -55,7 +55,12 @@ def build_parser() -> Parser:
         default=[],
         help="data set of the training, on the Hub; repeatable",
     )
-    add("--report", metavar="FILE", type=nonempty, help="JSON of names and numbers, or [mean, low, high]")
+    add(
+        "--report",
+        metavar="FILE",
+        type=nonempty,
+        help="results.json of compare.py, or JSON of names and numbers or [mean, low, high]",
+    )
     add("--report-data", metavar="TEXT", type=nonempty, help="the pictures that the report was measured on")
     add("--samples", metavar="DIR", type=nonempty, help="folder of pictures for the model card")
     add("--gpu-hours", metavar="N", type=number(float, 0), help="what the training took, for the model card")

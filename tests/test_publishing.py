@@ -19,6 +19,7 @@ import torch
 from huggingface_hub import HfApi, ModelCard
 from PIL import Image
 
+from dino_projector.comparison.statistics import summarize
 from dino_projector.models import save_result
 from dino_projector.publishing.assemble import Contents, assemble, find_licence, list_tree
 from dino_projector.publishing.card import read_report
@@ -188,6 +189,21 @@ def test_card_of_what_was_measured(final, tmp_path, hub):
     assert "(samples/two%20dogs.jpg)" in card.text and (folder / "samples" / "two dogs.jpg").is_file()
     assert "8 GPU hours on one H100" in card.text
     assert "| other tokens | 0.52000 | +4.000 % |" in card.text and "held-out photos" in card.text
+    assert HfApi(hub.url)._validate_yaml(card.content) is None
+
+
+def test_card_of_a_comparison(final, tmp_path, hub):
+    scores = {"bicubic": {"psnr_y": {"a": 24.0, "b": 26.0}}, "DINO 0.5": {"psnr_y": {"a": 20.0, "b": 20.0}}}
+    report = tmp_path / "results.json"
+    report.write_text(json.dumps({"settings": {}, "means": summarize(scores), "records": []}))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    assemble(final, folder, REPO, TEMPLATE, Contents(report=report, report_data="two photos"))
+    card = ModelCard.load(folder / "README.md")
+    assert "| bicubic: psnr y | 25 | 24 to 26 |\n| DINO 0.5: psnr y | 20 | 20 to 20 |\n" in card.text
+    assert card.data.metrics == ["psnr_y"]
+    found = [(item.metric_type, item.metric_value, item.metric_args["setting"]) for item in card.data.eval_results]
+    assert found == [("psnr_y", 25, "bicubic"), ("psnr_y", 20, "DINO 0.5")]
     assert HfApi(hub.url)._validate_yaml(card.content) is None
 
 

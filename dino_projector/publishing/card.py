@@ -28,22 +28,34 @@ TAGS = ["flux", "dino", "super-resolution", "upscaling", "image-to-image", "flux
 
 
 class Measurement(NamedTuple):
-    """A row of the evaluation: a mean with its interval of 95 %, or a number without."""
+    """
+    A row of the evaluation: a mean with its interval of 95 %, or a number without; `setting` is the way of enlarging,
+    where several are compared.
+    """
 
     name: str
     value: float
     low: float | None
     high: float | None
+    setting: str = ""
 
     @property
     def interval(self) -> str:
         return "" if self.low is None else f"{self.low:.4g} to {self.high:.4g}"
 
+    @property
+    def title(self) -> str:
+        return f"{self.setting}: {self.name}" if self.setting else self.name
+
+    @property
+    def metric(self) -> str:
+        return self.name.replace(" ", "_")
+
 
 def read_report(path: Path) -> list[Measurement]:
     """
     The numbers of a report, a JSON object: `[mean, low, high]` is a mean with its interval, a number stands alone, and
-    all else (lists of other lengths, truth values) is left out.
+    all else (lists of other lengths, truth values) is left out. Of `results.json` of a comparison, its `means`.
     """
     try:
         numbers = json.loads(path.read_text())
@@ -51,30 +63,38 @@ def read_report(path: Path) -> list[Measurement]:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(numbers, dict):
         raise ValueError(f"{path} must be a JSON object of names and numbers")
-    rows = []
-    for name, value in numbers.items():
-        values = value if isinstance(value, list) and len(value) == 3 else [value, None, None]
-        if isinstance(values[0], (int, float)) and not isinstance(values[0], bool):
-            rows.append(Measurement(name.replace("_", " "), *values))
+    settings = numbers["means"] if isinstance(numbers.get("means"), dict) else {"": numbers}
+    rows = [row for setting, values in settings.items() for row in read_numbers(values, setting)]
     if not rows:
         raise ValueError(f"{path} holds no numbers: names with [mean, low, high] or a number are needed")
     return rows
 
 
+def read_numbers(numbers: dict[str, Any], setting: str) -> list[Measurement]:
+    rows = []
+    for name, value in numbers.items():
+        values = value if isinstance(value, list) and len(value) == 3 else [value, None, None]
+        if isinstance(values[0], (int, float)) and not isinstance(values[0], bool):
+            rows.append(Measurement(name.replace("_", " "), *values, setting))
+    return rows
+
+
 def evaluation_results(rows: Sequence[Measurement], data: str) -> list[EvalResult]:
-    """For the card's `model-index`; an interval goes into the metric's arguments."""
+    """For the card's `model-index`; interval and setting go into the metric's arguments."""
     results = []
     for row in rows:
+        arguments = {} if row.low is None else {"interval_95": [row.low, row.high]}
+        arguments |= {"setting": row.setting} if row.setting else {}
         results.append(
             EvalResult(
                 task_type="image-to-image",
                 task_name="Super-resolution",
                 dataset_type=data,
                 dataset_name=data,
-                metric_type=row.name.replace(" ", "_"),
-                metric_name=row.name,
+                metric_type=row.metric,
+                metric_name=row.title,
                 metric_value=row.value,
-                metric_args=None if row.low is None else {"interval_95": [row.low, row.high]},
+                metric_args=arguments or None,
             )
         )
     return results
@@ -110,7 +130,7 @@ def make_card(template: Path, repo_id: str, context: dict[str, Any]) -> str:
         license_link=licence.link,
         pipeline_tag="image-to-image",
         tags=TAGS,
-        metrics=[row.name.replace(" ", "_") for row in rows] or None,
+        metrics=list(dict.fromkeys(row.metric for row in rows)) or None,
         model_name=repo_id.split("/")[1] if rows else None,
         eval_results=evaluation_results(rows, context["evaluation_data"]) if rows else None,
         ignore_metadata_errors=False,
