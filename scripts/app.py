@@ -55,8 +55,6 @@ def build_parser() -> Parser:
         usage="%(prog)s --model MODEL [options]",
         description="Serve a page that enlarges photos with FLUX.1, on this machine.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="0.0.0.0 serves other machines too (default: %(default)s)")

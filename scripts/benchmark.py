@@ -168,7 +168,7 @@ the first tile and a first call take the time of compilation, where there is any
 
 def build_parser() -> Parser:
     description = "Measure the pipeline's speed on models with random weights, beside a stock diffusers loop."
-    parser = Parser(prog="benchmark.py", description=description, allow_abbrev=False)
+    parser = Parser(prog="benchmark.py", description=description)
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="full", help="FLUX.1's architecture, or a small one (default: full)")
     add("--device", help="cuda, cuda:1, mps or cpu (default: the first of them that is there)")

@@ -65,7 +65,7 @@ CLIP_CONFIGS = {
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="benchmark_memory.py", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="benchmark_memory.py", description=__doc__)
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="full", help="FLUX.1's architecture, or a small one (default: full)")
     add("--device", help="cuda, cuda:1 or cpu (default: the first of them that is there)")

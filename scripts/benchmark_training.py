@@ -66,7 +66,7 @@ COLUMNS = {
 
 def build_parser() -> Parser:
     description = "Measure the projector's training step on models with random weights."
-    parser = Parser(prog="benchmark_training.py", description=description, allow_abbrev=False)
+    parser = Parser(prog="benchmark_training.py", description=description)
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="full", help="FLUX.1's architecture, or a small one (default: full)")
     add("--device", help="cuda, cuda:1 or cpu (default: the first that is there)")

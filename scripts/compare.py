@@ -67,8 +67,6 @@ def build_parser() -> Parser:
         prog="compare.py",
         description="Enlarge pictures without FLUX, with it, and with DINO at several strengths, and measure all.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("images", type=nonempty, help="folder of sharp pictures, from which small ones are made")

@@ -38,8 +38,6 @@ def build_parser() -> Parser:
         usage="%(prog)s [options] folder owner/name",
         description="Publish a trained projector, or a whole small pipeline, on the Hugging Face Hub.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("folder", type=nonempty, help="`final` of a finished training, or a whole pipeline with dino_projector/")

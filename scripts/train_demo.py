@@ -37,8 +37,6 @@ def build_parser() -> Parser:
         prog="train_demo.py",
         description="Train the small FLUX, VAE, DINO and projector of the embedded checkpoint on a folder of photos.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("stage", choices=STAGES, metavar="STAGE", help=", ".join(STAGES))

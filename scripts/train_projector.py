@@ -55,8 +55,6 @@ def build_parser() -> Parser:
         description="Train the projector that tells FLUX.1 by DINO features what each tile shows. FLUX.1, its VAE\n"
         "and DINO stay as they are.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
 
     add = parser.add_argument_group("models").add_argument

@@ -113,6 +113,9 @@ class UsageError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+
     def error(self, message):
         raise UsageError(message)
 
@@ -158,8 +161,6 @@ def build_parser() -> Parser:
         "  upscale.py photo.jpg --use-flux --model black-forest-labs/FLUX.1-schnell --offload model\n\n"
         "EXIF, ICC profile, transparency and 16-bit grey are kept; the settings go to the EXIF tag Software.\n"
         "Exit status: 0 all done, 1 an image failed, 2 wrong usage.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("input", type=nonempty, help="image file, or folder that is searched with its subfolders")
     parser.add_argument(

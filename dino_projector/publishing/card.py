@@ -73,9 +73,9 @@ def read_report(path: Path) -> list[Measurement]:
 def read_numbers(numbers: dict[str, Any], setting: str) -> list[Measurement]:
     rows = []
     for name, value in numbers.items():
-        values = value if isinstance(value, list) and len(value) == 3 else [value, None, None]
-        if isinstance(values[0], (int, float)) and not isinstance(values[0], bool):
-            rows.append(Measurement(name.replace("_", " "), *values, setting))
+        mean, low, high = value if isinstance(value, list) and len(value) == 3 else [value, None, None]
+        if isinstance(mean, (int, float)) and not isinstance(mean, bool):
+            rows.append(Measurement(name.replace("_", " "), mean, low, high, setting))
     return rows
 
 
@@ -83,7 +83,7 @@ def evaluation_results(rows: Sequence[Measurement], data: str) -> list[EvalResul
     """For the card's `model-index`; interval and setting go into the metric's arguments."""
     results = []
     for row in rows:
-        arguments = {} if row.low is None else {"interval_95": [row.low, row.high]}
+        arguments: dict[str, Any] = {} if row.low is None else {"interval_95": [row.low, row.high]}
         arguments |= {"setting": row.setting} if row.setting else {}
         results.append(
             EvalResult(
