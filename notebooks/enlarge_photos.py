@@ -58,11 +58,14 @@ photo
 # %% [markdown]
 # ## A small model on the CPU
 #
-# `CHECKPOINT` is a folder with a whole small pipeline and its projector. Such a model shows the way of a picture, not
-# the quality of FLUX.1.
+# `CHECKPOINT` is a folder with a whole small pipeline and its projector, by default the one that comes with the
+# project, if one does. Such a model shows the way of a picture, not the quality of FLUX.1.
 
 # %%
-CHECKPOINT = os.environ.get("CHECKPOINT", "")
+from dino_projector.demo_checkpoint import find_demo_checkpoint
+
+
+CHECKPOINT = os.environ.get("CHECKPOINT") or find_demo_checkpoint()
 
 
 def load_small():
@@ -78,7 +81,7 @@ if CHECKPOINT:
     print(f"{len(plan)} tiles of {plan.tile_width} x {plan.tile_height} px")
     result = small(image=photo, upscale_factor=4, generator=torch.Generator().manual_seed(0)).images[0]
 else:
-    print("CHECKPOINT is not set: bicubic instead")
+    print("no CHECKPOINT: bicubic instead")
     result = photo.resize((4 * photo.width, 4 * photo.height), Image.Resampling.BICUBIC)
 
 # %%

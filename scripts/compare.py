@@ -148,8 +148,6 @@ def choose_baselines(wanted: list[str] | None) -> list[str]:
 def load_pipeline(args: argparse.Namespace, model: str, projector: str | None):
     options = {name: getattr(args, name) for name in ("device", "dtype", "offload")}
     flux = argparse.Namespace(**{**FLUX_DEFAULTS, **options, "model": model, "projector": projector})
-    if projector is None and Path(model, "dino_projector", "config.json").is_file():
-        flux.projector = model
     pipe = load_flux(flux)
     pipe.set_progress_bar_config(disable=True)
     if pipe.dino_projector is None and max(args.strengths) > 0:

@@ -35,12 +35,14 @@ Exit status: 0 published, or nothing to change; 1 it failed; 2 wrong usage."""
 def build_parser() -> Parser:
     parser = Parser(
         prog="push_to_hub.py",
-        usage="%(prog)s [options] folder owner/name",
+        usage="%(prog)s [options] (folder | --demo) owner/name",
         description="Publish a trained projector, or a whole small pipeline, on the Hugging Face Hub.",
         epilog=EPILOG,
     )
     add = parser.add_argument
-    add("folder", type=nonempty, help="`final` of a finished training, or a whole pipeline with dino_projector/")
+    folder_help = "`final` of a finished training, or a whole pipeline with dino_projector/"
+    add("folder", nargs="?", type=nonempty, help=folder_help)
+    add("--demo", action="store_true", help="publish the small checkpoint that this program comes with, once it does")
     add("repository", metavar="owner/name", type=nonempty, help="on the Hub; made if it is not there")
 
     add = parser.add_argument_group("contents").add_argument
@@ -61,6 +63,8 @@ def build_parser() -> Parser:
     )
     add("--report-data", metavar="TEXT", type=nonempty, help="the pictures that the report was measured on")
     add("--samples", metavar="DIR", type=nonempty, help="folder of pictures for the model card")
+    credits_help = "Markdown with authors and licences of what it was trained on, as fetch_photos.py --table writes"
+    add("--credits", metavar="FILE", type=nonempty, help=credits_help)
     add("--gpu-hours", metavar="N", type=number(float, 0), help="what the training took, for the model card")
     add("--gpu", metavar="NAME", type=nonempty, help="on which hardware")
     add(
@@ -88,15 +92,24 @@ def build_parser() -> Parser:
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    from dino_projector.demo_checkpoint import find_demo_checkpoint
+
     args = build_parser().parse_args(argv)
+    if args.demo == (args.folder is not None):
+        raise UsageError("give either a folder or --demo, and the repository owner/name")
+    if args.demo:
+        args.folder = find_demo_checkpoint()
+    if args.folder is None:
+        raise UsageError("--demo: no small checkpoint comes with this program yet")
     if not Path(args.folder).is_dir():
         raise UsageError(f"{args.folder}: no such folder")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", args.repository):
         raise UsageError(f"{args.repository}: the repository must be owner/name")
     if (args.report is None) != (args.report_data is None):
         raise UsageError("--report and --report-data go together: numbers, and the pictures they were measured on")
-    if args.report is not None and not Path(args.report).is_file():
-        raise UsageError(f"--report {args.report}: no such file")
+    for option, path in (("--report", args.report), ("--credits", args.credits)):
+        if path is not None and not Path(path).is_file():
+            raise UsageError(f"{option} {path}: no such file")
     if args.samples is not None and not Path(args.samples).is_dir():
         raise UsageError(f"--samples {args.samples}: no such folder")
     return args
@@ -116,6 +129,7 @@ def run(args: argparse.Namespace) -> None:
         report=args.report and Path(args.report),
         report_data=args.report_data,
         samples=args.samples and Path(args.samples),
+        credits=args.credits and Path(args.credits),
         gpu_hours=args.gpu_hours,
         gpu=args.gpu,
         computes_prompt=args.prompt_embeds,

@@ -360,7 +360,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 def check_flux_arguments(args: argparse.Namespace) -> None:
     """What can be known to be wrong before torch is imported."""
-    if args.model is None:
+    from dino_projector.demo_checkpoint import find_demo_checkpoint
+
+    if args.model is None and find_demo_checkpoint() is None:
         raise UsageError("--use-flux needs --model for now: no small checkpoint comes with this program yet")
     for option, value in (("--compile", args.compile), ("--quantize", args.quantize)):
         if value and args.offload in ("group", "sequential"):
@@ -562,6 +564,7 @@ def load_flux(args: argparse.Namespace):
     """The pipeline on its device. Fills in the options in `args` whose defaults depend on machine and model."""
     import torch
 
+    from dino_projector.demo_checkpoint import find_demo_checkpoint
     from pipeline_flux_dino_tile import FluxDinoTilePipeline
 
     args.device = args.device or default_device(torch)
@@ -581,9 +584,13 @@ def load_flux(args: argparse.Namespace):
         options["quantization_config"] = PipelineQuantizationConfig(
             quant_mapping={"transformer": quantization_config(args.quantize, options["dtype"])}
         )
-    pipe = load("--model", args.model, partial(FluxDinoTilePipeline.from_pretrained, **options))
-    if args.projector is not None:
-        load("--projector", args.projector, pipe.load_dino_projector)
+    model, projector = args.model or str(find_demo_checkpoint()), args.projector
+    pipe = load("--model", model, partial(FluxDinoTilePipeline.from_pretrained, **options))
+    # The folder may have one beside the models of its index.
+    if projector is None and pipe.dino_projector is None and Path(model, "dino_projector", "config.json").is_file():
+        projector = model
+    if projector is not None:
+        load("--projector", projector, pipe.load_dino_projector)
     if pipe.dino_projector is None:
         if args.dino_strength is not None:
             raise UsageError("--dino-strength needs --projector: the model has no DINO projector")

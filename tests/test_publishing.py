@@ -444,6 +444,9 @@ def test_wrong_usage(final, tmp_path, capsys):
         ([str(tmp_path / "nothing"), REPO], "no such folder"),
         ([str(final), "no-owner"], "must be owner/name"),
         ([str(final), REPO, "--report", "a.json"], "--report and --report-data go together"),
+        ([str(final), REPO, "--credits", "a.md"], "--credits a.md: no such file"),
+        ([REPO], "give either a folder or --demo"),
+        ([str(final), REPO, "--demo"], "give either a folder or --demo"),
         ([str(final), REPO, "--private", "--public"], "not allowed with"),
     ):
         assert push_to_hub.main(arguments) == 2

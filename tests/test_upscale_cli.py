@@ -294,7 +294,6 @@ def test_interrupt_is_one_line(folder, capsys, monkeypatch):
         (["photo.png", "a.png", "-o", "b.png"], "given twice"),
         (["full", "full"], "would overwrite the input"),
         (["full", "photo.png"], "photo.png: the input is a folder"),
-        (["photo.png", "--use-flux"], "--use-flux needs --model for now"),
         (["photo.png", "--use-flux", "--model", "empty"], "empty: the folder has no model_index.json"),
         (["photo.png", "--use-flux", "--model", "no folder"], "no folder: no such folder"),
         (["photo.png", "--use-flux", "--model", "a/b", "--projector", "empty"], "has no dino_projector/config.json"),

@@ -57,6 +57,7 @@ class Contents(NamedTuple):
         report (`Path`, *optional*): Numbers of an evaluation, see [`~dino_projector.publishing.card.read_report`].
         report_data (`str`, *optional*): On which pictures the report's numbers were measured.
         samples (`Path`, *optional*): Folder of pictures to show.
+        credits (`Path`, *optional*): Markdown with authors and licences of what it was trained on.
         gpu_hours (`float`, *optional*): What the training took.
         gpu (`str`, *optional*): On which hardware.
         computes_prompt (`bool`): Embed the empty prompt with the base model's text encoders.
@@ -68,6 +69,7 @@ class Contents(NamedTuple):
     report: Path | None = None
     report_data: str | None = None
     samples: Path | None = None
+    credits: Path | None = None
     gpu_hours: float | None = None
     gpu: str | None = None
     computes_prompt: bool = False
@@ -224,6 +226,7 @@ def card_context(source: Path, contents: Contents) -> dict[str, Any]:
         "evaluation": read_report(contents.report) if contents.report else [],
         "evaluation_data": contents.report_data,
         "validation": validation_table(facts.get("validation", {})),
+        "credits": contents.credits and contents.credits.read_text(encoding="utf-8").strip(),
         "gpu_hours": contents.gpu_hours,
         "gpu": contents.gpu,
         "samples": [],
