@@ -78,6 +78,10 @@ MAX_TILE_ASPECT = 2.0
 DEFAULT_TILE_OVERLAP = 64
 DEFAULT_UPSCALE_FACTOR = 4.0
 
+# Rows of pixels that are enlarged at once, and that become bytes at once.
+RESIZED_ROWS = 1024
+FINISHED_ROWS = 128
+
 DINO_MODEL_TYPES = ("dinov2", "dinov2_with_registers", "dinov3_vit")
 PROMPT_EMBEDS_NAME = "prompt_embeds.safetensors"
 
@@ -423,7 +427,15 @@ def blend_strips(tiles: Iterable[torch.Tensor], plan: TilePlan, pixels_per_cell:
 
 def blend_tiles(tiles: Iterable[torch.Tensor], plan: TilePlan, pixels_per_cell: int) -> torch.Tensor:
     """The whole canvas of [`blend_strips`]; undoes [`crop_tiles`]."""
-    return torch.cat(list(blend_strips(tiles, plan, pixels_per_cell)), dim=2)
+    canvas, top = None, 0
+    for strip in blend_strips(tiles, plan, pixels_per_cell):
+        if canvas is None:
+            # At once, because joining strips at the end would take the canvas twice.
+            canvas = strip.new_empty(*strip.shape[:2], plan.height // pixels_per_cell, strip.shape[3])
+        canvas[:, :, top : top + strip.shape[2]] = strip
+        top += strip.shape[2]
+    assert canvas is not None
+    return canvas
 
 
 # ---- Colour --------------------------------------------------------------------------------------------------------
@@ -1295,8 +1307,16 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         images = self.check_image(image)
         below, right = -height % self.pixels_per_token, -width % self.pixels_per_token
         if isinstance(images[0], PIL.Image.Image):
-            images = [self.image_processor.resize(item.convert("RGB"), height, width) for item in images]
-            padded = np.pad(np.stack(images), ((0, 0), (0, below), (0, right), (0, 0)), mode="edge")
+            padded = np.empty((len(images), height + below, width + right, 3), dtype=np.uint8)
+            for canvas, item in zip(padded, images):
+                wide = item.convert("RGB").resize((width, item.height), PIL.Image.Resampling.LANCZOS)
+                # Band by band, so that beside the result only a band is held.
+                for top in range(0, height, RESIZED_ROWS):
+                    bottom = min(top + RESIZED_ROWS, height)
+                    box = (0, top * item.height / height, width, bottom * item.height / height)
+                    canvas[top:bottom, :width] = wide.resize((width, bottom - top), PIL.Image.Resampling.LANCZOS, box)
+            padded[:, :height, width:] = padded[:, :height, width - 1 : width]
+            padded[:, height:] = padded[:, height - 1 : height]
             return torch.from_numpy(padded).permute(0, 3, 1, 2)
         if isinstance(images[0], np.ndarray):
             pixels = self.image_processor.numpy_to_pt(np.stack(images))
@@ -1370,16 +1390,40 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         strips: Iterable[torch.Tensor] = self.decode_strips(latents, plan)
         if fix_color is not None:
             strips = [fix_color(torch.cat([strip.cpu() for strip in strips], dim=2))]
-        parts = []
-        for strip in strips:
-            strip = self.image_processor.postprocess(strip[..., :width], output_type="pt").permute(0, 2, 3, 1)
-            if output_type == "pil":
-                strip = (strip * 255).round().to(torch.uint8)
-            parts.append(strip.contiguous().cpu())
+        parts = [self.finish_strip(strip[..., :width], output_type) for strip in strips]
         pixels = torch.cat(parts, dim=1)[:, :height]
         if output_type == "pt":
             return pixels.permute(0, 3, 1, 2).contiguous()
         return [PIL.Image.fromarray(image) for image in pixels.numpy()] if output_type == "pil" else pixels.numpy()
+
+    def finish_strip(self, strip: torch.Tensor, output_type: str) -> torch.Tensor:
+        r"""
+        A strip of [`~FluxDinoTilePipeline.decode_strips`] as `(batch, rows, width, 3)` on the CPU: bytes for "pil",
+        else floats in [0, 1].
+        """
+        strip = self.image_processor.postprocess(strip, output_type="pt").permute(0, 2, 3, 1)
+        if output_type == "pil":
+            strip = (strip * 255).round().to(torch.uint8)
+        return strip.contiguous().cpu()
+
+    @torch.no_grad()
+    def decode_pixels(self, latents: torch.Tensor, plan: TilePlan, height: int, width: int) -> Iterator[np.ndarray]:
+        r"""
+        Decodes a result of `output_type="latent"` without holding the picture: yields its pixels from top to bottom as
+        bytes of shape `(batch, rows, width, 3)`. A row of tiles is held.
+
+        Args:
+            latents (`torch.Tensor`): Packed latents of the whole padded output.
+            plan ([`TilePlan`]): The tiles of the call, from [`~FluxDinoTilePipeline.plan_tiles`].
+            height (`int`): Height of the output in pixels.
+            width (`int`): Width of the output in pixels.
+        """
+        top = 0
+        for strip in self.decode_strips(self.unpack_canvas(latents, plan.height, plan.width), plan):
+            for rows in strip[:, :, : height - top, :width].split(FINISHED_ROWS, dim=2):
+                yield self.finish_strip(rows, "pil").numpy()
+            top += strip.shape[2]
+        self.maybe_free_model_hooks()
 
     def add_noise(self, image_latents: torch.Tensor, timestep: torch.Tensor, generator) -> torch.Tensor:
         r"""Image latents `(batch, latent channels, rows, columns)` noised to a timestep, from one noise canvas."""
