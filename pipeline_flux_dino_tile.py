@@ -52,17 +52,22 @@ from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, logging, repl
 from diffusers.utils.torch_utils import is_compiled_module, randn_tensor
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import (
+    AutoConfig,
     AutoModel,
     CLIPImageProcessor,
     CLIPTextModel,
     CLIPTokenizer,
     CLIPVisionModelWithProjection,
+    PreTrainedConfig,
     PreTrainedModel,
     T5EncoderModel,
     T5TokenizerFast,
 )
+from transformers.utils import SAFE_WEIGHTS_NAME as TRANSFORMERS_WEIGHTS_NAME
+from transformers.utils import cached_file
 
 
 logger = logging.get_logger(__name__)  # pylint: disable=invalid-name
@@ -82,8 +87,12 @@ DEFAULT_UPSCALE_FACTOR = 4.0
 RESIZED_ROWS = 1024
 FINISHED_ROWS = 128
 
+# The largest DINO, DINOv3's ViT-7B, has 40.
+MAX_DINO_LAYERS = 100
+MAX_DINO_NUMBER = 100_000
 DINO_MODEL_TYPES = ("dinov2", "dinov2_with_registers", "dinov3_vit")
 PROMPT_EMBEDS_NAME = "prompt_embeds.safetensors"
+PROMPT_EMBEDS_KEYS = ("prompt_embeds", "pooled_prompt_embeds")
 
 # What the planner weighs: the steps of FLUX.1-schnell, and the time of the VAE for an image token, as the operations
 # that the compiled transformer does in that time (measured on an H100).
@@ -543,8 +552,21 @@ class DinoProjector(ModelMixin, ConfigMixin):
         sigma_max: float | None = None,
     ):
         super().__init__()
+        for name, value in {"in_dim": in_dim, "out_dim": out_dim, "hidden_dim": hidden_dim}.items():
+            check_integer(name, value, 1, "It is a number of channels.")
         check_integer("token_grid", token_grid, 1, "It is the number of token rows and columns of a tile.")
         check_choice("position_mode", position_mode, ("zero", "tile"))
+        if not isinstance(layers, (list, tuple)) or not 1 <= len(layers) <= MAX_DINO_LAYERS:
+            raise ValueError(f"`layers` must be a list of 1 to {MAX_DINO_LAYERS} whole numbers but is {layers!r:.80}.")
+        for layer in layers:
+            check_integer("layers", layer, -MAX_DINO_LAYERS, "It is the number of a hidden state.")
+        for name, values, low in (("image_mean", image_mean, -1000.0), ("image_std", image_std, 1e-6)):
+            if not isinstance(values, (list, tuple)) or len(values) != 3:
+                raise ValueError(f"`{name}` must be a list of 3 numbers but is {values!r:.80}.")
+            for number in values:
+                check_number(name, number, low, 1000, "It is for values in [0, 1].")
+        if not isinstance(dino_model, (str, type(None))):
+            raise ValueError(f"`dino_model` must be the name of a repo or folder, or None, but is {dino_model!r:.80}.")
         self.norm = torch.nn.LayerNorm(in_dim)
         self.linear_1 = torch.nn.Linear(in_dim, hidden_dim)
         self.act = torch.nn.SiLU()
@@ -856,12 +878,14 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
                 file = hf_hub_download(source, name, subfolder=subfolder, revision=revision, token=token)
             folder = Path(file).parent
-        class_name = DinoProjector.load_config(folder).get("_class_name", "model of another library")
+        config = DinoProjector.load_config(folder)
+        class_name = config.get("_class_name") if isinstance(config, dict) else None
         if class_name != DinoProjector.__name__:
             raise ValueError(
-                f"`pretrained_model_name_or_path` {source} holds a {class_name}, not a DinoProjector. Pass the repo or"
-                " folder of a trained projector."
+                f"`pretrained_model_name_or_path` {source} holds a {class_name or 'model of another library'}, not a"
+                " DinoProjector. Pass the repo or folder of a trained projector."
             )
+        check_projector_file(config, folder / SAFETENSORS_WEIGHTS_NAME)
         device, dtype = self._execution_device, self.transformer.dtype
         # `ModelMixin.to(dtype)` warns about modules to keep in float32, also where there are none.
         projector = DinoProjector.from_pretrained(folder, use_safetensors=True, torch_dtype=dtype)
@@ -871,11 +895,27 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             location = {}
             if name is None:
                 name, location = repo, {"revision": revision, "subfolder": "dino_encoder"}
-            encoder = AutoModel.from_pretrained(
-                name, token=token, use_safetensors=True, trust_remote_code=False, **location
-            )
-        self.check_dino_components(encoder, projector)
+            options = {"token": token, "trust_remote_code": False, **location}
+            # Before the weights: other kinds and absurd sizes are refused without allocating anything.
+            check_dino_numbers(PreTrainedConfig.get_config_dict(name, **options)[0])
+            encoder_config = AutoConfig.from_pretrained(name, **options)
+            self.check_dino_components(encoder_config, projector)
+            check_encoder_file(encoder_config, name, options)
+            try:
+                encoder = AutoModel.from_pretrained(name, use_safetensors=True, **options)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"`dino_encoder` {name} has weights that do not fit its config. Pass the encoder that the"
+                    " projector was trained with."
+                ) from error
+        self.check_dino_components(encoder.config, projector)
         default_prompt_embeds = load_prompt_embeds(repo, revision, token)
+        if default_prompt_embeds is not None:
+            dims = self.transformer.config.joint_attention_dim, self.transformer.config.pooled_projection_dim
+            for name, embeds, shape in zip(
+                PROMPT_EMBEDS_KEYS, default_prompt_embeds, ((1, None, dims[0]), (1, dims[1]))
+            ):
+                check_embeds(f"{name} of {PROMPT_EMBEDS_NAME}", embeds, shape, "the empty prompt's")
 
         # Under sequential and group offload these two, small beside FLUX, stay on the execution device.
         encoder, projector = encoder.to(device=device, dtype=dtype).eval(), projector.to(device).eval()
@@ -891,27 +931,27 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         # As after loading.
         self.maybe_free_model_hooks()
 
-    def check_dino_components(self, dino_encoder: PreTrainedModel | None, dino_projector: DinoProjector) -> None:
-        r"""Raises a `ValueError` unless projector, transformer and, if given, encoder fit together."""
+    def check_dino_components(self, encoder_config: PreTrainedConfig | None, dino_projector: DinoProjector) -> None:
+        r"""Raises a `ValueError` unless projector, transformer and, if its config is given, encoder fit together."""
         joint_dim = self.transformer.config.joint_attention_dim
         if dino_projector.config.out_dim != joint_dim:
             raise ValueError(
                 f"`dino_projector` gives tokens of {dino_projector.config.out_dim} channels but the transformer takes"
                 f" {joint_dim}. Use a projector trained for this transformer."
             )
-        if dino_encoder is None:
+        if encoder_config is None:
             return
-        model_type = dino_encoder.config.model_type
+        model_type = encoder_config.model_type
         if model_type not in DINO_MODEL_TYPES:
             raise ValueError(f"`dino_encoder` must be one of {', '.join(DINO_MODEL_TYPES)} but is a {model_type!r}.")
-        num_features = dino_encoder.config.hidden_size * len(dino_projector.config.layers)
+        num_features = encoder_config.hidden_size * len(dino_projector.config.layers)
         if num_features != dino_projector.config.in_dim:
             raise ValueError(
                 f"`dino_encoder` gives {num_features} features a patch but `dino_projector` takes"
                 f" {dino_projector.config.in_dim}. Pass the encoder that the projector was trained with"
                 f" ({dino_projector.config.dino_model})."
             )
-        num_states = dino_encoder.config.num_hidden_layers + 1
+        num_states = encoder_config.num_hidden_layers + 1
         if not all(-num_states <= layer < num_states for layer in dino_projector.config.layers):
             raise ValueError(
                 f"`dino_projector` takes the layers {list(dino_projector.config.layers)}, but `dino_encoder` has"
@@ -1207,7 +1247,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             raise ValueError("`dino_encoder` is missing. Call `load_dino_projector` or pass `dino_embeds`.")
         if dino_embeds is None and self.is_latent_image(image):
             raise ValueError("`image` holds latents, which DINO cannot see. Pass `dino_embeds` or pixels.")
-        self.check_dino_components(self.dino_encoder if dino_embeds is None else None, self.dino_projector)
+        self.check_dino_components(self.dino_encoder.config if dino_embeds is None else None, self.dino_projector)
         if scale != 1:
             self.check_attention_backends(scale, joint_attention_kwargs or {})
 
@@ -1517,7 +1557,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             raise ValueError("`image` holds latents, which DINO cannot see. Pass pixels.")
         height, width = self.get_output_size(image, height, width, upscale_factor)
         plan = self.plan_tiles(height, width, tile_size, tile_overlap)
-        self.check_dino_components(self.dino_encoder, self.dino_projector)
+        self.check_dino_components(self.dino_encoder.config, self.dino_projector)
         features = self.encode_dino_tiles(self.prepare_image(image, height, width), plan)
         self.maybe_free_model_hooks()
         return features
@@ -2149,5 +2189,57 @@ def load_prompt_embeds(
             return None
     if not Path(path).is_file():
         return None
-    tensors = load_file(path)
-    return tensors["prompt_embeds"], tensors["pooled_prompt_embeds"]
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise OSError(f"{path} is broken: {error}") from error
+    if not tensors.keys() >= set(PROMPT_EMBEDS_KEYS):
+        raise ValueError(f"{path} must hold {' and '.join(PROMPT_EMBEDS_KEYS)} but holds {sorted(tensors)!r:.200}.")
+    return tensors[PROMPT_EMBEDS_KEYS[0]], tensors[PROMPT_EMBEDS_KEYS[1]]
+
+
+def check_dino_numbers(config: dict) -> None:
+    """Raises a `ValueError` if an encoder's `config.json` has absurd numbers: transformers makes lists as long."""
+    for name, value in config.items():
+        limit = MAX_DINO_LAYERS if name == "num_hidden_layers" else MAX_DINO_NUMBER
+        if isinstance(value, int) and value > limit:
+            raise ValueError(f"`dino_encoder` has the {name} {value}, more than the {limit} that are allowed.")
+
+
+def check_encoder_file(config: PreTrainedConfig, name: str, options: dict) -> None:
+    """
+    Raises a `ValueError` if an encoder in one file would have more weights than the file has bytes: transformers makes
+    up what the file lacks. `options` are those of `AutoConfig.from_pretrained`.
+    """
+    path = cached_file(
+        name,
+        TRANSFORMERS_WEIGHTS_NAME,
+        _raise_exceptions_for_missing_entries=False,
+        **{key: value for key, value in options.items() if key != "trust_remote_code"},
+    )
+    if path is None:
+        return  # in shards, or missing, which `from_pretrained` says
+    with torch.device("meta"):
+        num_weights = sum(weights.numel() for weights in AutoModel.from_config(config).parameters())
+    if num_weights > Path(path).stat().st_size:
+        raise ValueError(
+            f"`dino_encoder` {name} has {num_weights:.3g} weights by its config, more than its file holds."
+        )
+
+
+def check_projector_file(config: dict, path: Path) -> None:
+    """
+    Raises a `ValueError` unless a projector's weights have the names and shapes that its config tells. Reads only the
+    header of the file and allocates nothing, so that a config with absurd sizes does no harm.
+    """
+    if not path.is_file():
+        return  # `from_pretrained` names what is missing
+    with torch.device("meta"):
+        expected = {name: list(value.shape) for name, value in DinoProjector.from_config(config).state_dict().items()}
+    try:
+        with safe_open(path, "pt") as file:
+            found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except SafetensorError as error:
+        raise OSError(f"{path} is broken: {error}") from error
+    if found != expected:
+        raise ValueError(f"{path} has weights of the shapes {found!r:.500}, but its config tells {expected!r:.500}.")

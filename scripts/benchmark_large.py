@@ -14,8 +14,8 @@
 
 """Measures the main memory that `upscale.py` takes at its peak for large pictures, each in a process of its own.
 
-    python scripts/benchmark_large.py --sides 8192 16384
-    python scripts/benchmark_large.py --sides 8192 16384 --suffixes .tif -- --use-flux --model DIR --device cpu --steps 1
+    python scripts/benchmark_large.py
+    python scripts/benchmark_large.py --suffixes .tif -- --use-flux --model DIR --device cpu --steps 1
 
 The pictures are square, four times enlarged, of smooth random colours. What follows `--` goes to `upscale.py`.
 """

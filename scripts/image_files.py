@@ -50,6 +50,8 @@ MAX_SIDE = {"JPEG": 65500, "WEBP": 16383}
 # Larger pictures, 8192 x 8192 px for example, are made and written in strips where the format allows it.
 MAX_WHOLE_PIXELS = 2**26 - 1
 STRIP_ROWS = 512
+# What Pillow resizes pictures with transparency in.
+PREMULTIPLIED = {"LA": "La", "RGBA": "RGBa"}
 MAX_JPEG_EXIF = 65533
 SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     "PNG": {},
@@ -99,6 +101,8 @@ def first_line(error: BaseException) -> str:
 @contextmanager
 def open_image(path: Path) -> Iterator[ImageFile.ImageFile]:
     """Opens the file without decoding it; an `OSError` says why it cannot be used."""
+    if path.exists() and not path.is_file():
+        raise OSError("is no regular file")  # a pipe would be waited for
     # Given the path, Pillow would map uncompressed TIFFs to memory, and rotated ones then come out scrambled.
     with open(path, "rb") as file:
         try:
@@ -285,9 +289,10 @@ def resize_strips(image: Image.Image, size: tuple[int, int]) -> Iterator[Image.I
     """The image enlarged to `size`, bicubic, in strips from top to bottom."""
     width, height = size
     # Pillow resizes across first too; with a box it would change the order, and so the rounding.
-    wide = image.resize((width, image.height), Image.Resampling.BICUBIC)
+    wide = image.convert(PREMULTIPLIED.get(image.mode, image.mode))
+    wide = wide.resize((width, image.height), Image.Resampling.BICUBIC)
     for top in range(0, height, STRIP_ROWS):
-        yield resize_rows(wide, height, top, min(top + STRIP_ROWS, height))
+        yield resize_rows(wide, height, top, min(top + STRIP_ROWS, height)).convert(image.mode)
 
 
 def resize_rows(image: Image.Image, height: int, top: int, bottom: int) -> Image.Image:

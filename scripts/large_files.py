@@ -35,6 +35,7 @@ TIFF_BLACK_IS_ZERO, TIFF_RGB = 1, 2
 TIFF_UNASSOCIATED_ALPHA = 2
 TIFF_LONG8 = 16
 TIFF_TILE_SIDE = 256
+JPEG_ICC_PART = 65519
 BIGTIFF_HEADER = b"II+\0\x08\0\0\0" + bytes(8)  # the last 8 bytes are for the place of the directory
 
 
@@ -132,8 +133,10 @@ def write_tiff(
     channels, tile_bytes = pixels.shape[2], TIFF_TILE_SIDE**2 * pixels.shape[2] * pixels.itemsize
 
     directory = TiffImagePlugin.ImageFileDirectory_v2(BIGTIFF_HEADER)
-    for tag in exif:
-        directory[tag] = exif.get_ifd(tag) if tag in TiffTags.TAGS_V2_GROUPS else exif[tag]
+    stored = Image.Exif()
+    stored.load(exif.tobytes())
+    for tag in stored:
+        directory[tag] = stored.get_ifd(tag) if tag in TiffTags.TAGS_V2_GROUPS else stored[tag]
     directory[TiffImagePlugin.IMAGEWIDTH] = width
     directory[TiffImagePlugin.IMAGELENGTH] = height
     directory[TiffImagePlugin.BITSPERSAMPLE] = (8 * pixels.itemsize,) * channels
@@ -191,18 +194,17 @@ def write_jpeg(
     middle = path.with_name(f"{path.name}.png")
     try:
         with open(middle, "wb") as file:
-            write_png(file, size, strips, None, icc_profile, level=1)
-        content = exif.tobytes()
-        marker = b"\xff\xe1" + struct.pack(">H", len(content) + 2) + content
+            write_png(file, size, strips, None, None, level=1)
+        markers = jpeg_metadata(exif, icc_profile or b"")
         with open(path, "wb") as file:
             target = pyvips.TargetCustom()
             failures: list[OSError] = []
 
             def write(data) -> int:
-                # The EXIF goes in here, after the first marker: libvips would write one of its own.
+                # The metadata go in here, after the first marker: libvips would write an EXIF of its own.
                 start = file.tell()
                 try:
-                    file.write(data if start else data[:2] + marker)
+                    file.write(data if start else data[:2] + markers)
                     file.write(b"" if start else data[2:])
                 except OSError as error:  # libvips would say only that it failed
                     failures.append(error)
@@ -212,8 +214,18 @@ def write_jpeg(
             target.on_write(write)
             image = pyvips.Image.new_from_file(str(middle), access="sequential")
             try:
-                image.write_to_target(target, ".jpg", Q=95, subsample_mode="off", keep="icc")
+                image.write_to_target(target, ".jpg", Q=95, subsample_mode="off", keep="none")
             except pyvips.Error as error:
                 raise failures[0] if failures else OSError(str(error)) from error
     finally:
         middle.unlink(missing_ok=True)
+
+
+def jpeg_metadata(exif: Image.Exif, icc_profile: bytes) -> bytes:
+    """The markers of a JPEG that hold EXIF and ICC profile, the latter in as many parts as it needs."""
+    parts = [icc_profile[start : start + JPEG_ICC_PART] for start in range(0, len(icc_profile), JPEG_ICC_PART)]
+    contents = [(b"\xff\xe1", exif.tobytes())]
+    contents += [
+        (b"\xff\xe2", b"ICC_PROFILE\0" + bytes([number, len(parts)]) + part) for number, part in enumerate(parts, 1)
+    ]
+    return b"".join(marker + struct.pack(">H", len(content) + 2) + content for marker, content in contents)
