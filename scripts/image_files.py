@@ -115,6 +115,8 @@ def open_image(path: Path) -> Iterator[ImageFile.ImageFile]:
                 f"has more than {limit:.0f} megapixels, as a small file that fills the memory would"
                 " (--allow-large-input reads it)"
             ) from None
+        except MemoryError:
+            raise
         except Exception as error:  # Pillow's decoders raise anything on broken bytes
             raise OSError(f"cannot be read: {first_line(error)}") from error
         if isinstance(image, TiffImagePlugin.TiffImageFile) and has_deep_planes(image):
@@ -159,6 +161,8 @@ def read_picture(path: Path) -> Picture:
         with open_image(path) as image:
             try:
                 return convert_picture(image)
+            except MemoryError:
+                raise
             except Exception as error:  # as in `open_image`
                 raise OSError(f"cannot be read: {first_line(error)}") from error
 
