@@ -19,14 +19,16 @@ projector, the attention processor and the pipeline. Sizes are in pixels unless 
 FLUX.1 a latent cell is 8 px and a token is 2x2 cells, 16 px.
 """
 
+import hashlib
 import itertools
 import json
 import math
 import numbers
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +38,7 @@ import numpy as np
 import PIL.Image
 import torch
 import torch.nn.functional as F
+from accelerate.utils import align_module_device
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline, FluxTransformer2DModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.hooks.group_offloading import _is_group_offload_enabled
@@ -53,7 +56,7 @@ from diffusers.utils.torch_utils import is_compiled_module, randn_tensor
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -74,6 +77,9 @@ logger = logging.get_logger(__name__)  # pylint: disable=invalid-name
 
 MODULE_NAME = "pipeline_flux_dino_tile"
 
+MODEL_REMEDY = "Check the weights, LoRA's too, and run the models in bfloat16 or float32 if this is float16."
+VAE_REMEDY = "In float16 the VAE may overflow: run it in float32 with `pipe.vae.to(torch.float32)`."
+
 # A planned tile has 0.8 to 1.3 MP at 16 px a token: less starves FLUX of context, above 1.5 MP it draws grids.
 MIN_TILE_TOKENS = 3125
 MAX_TILE_TOKENS = 5078
@@ -93,6 +99,15 @@ MAX_DINO_NUMBER = 100_000
 DINO_MODEL_TYPES = ("dinov2", "dinov2_with_registers", "dinov3_vit")
 PROMPT_EMBEDS_NAME = "prompt_embeds.safetensors"
 PROMPT_EMBEDS_KEYS = ("prompt_embeds", "pooled_prompt_embeds")
+CHECKPOINT_NAME = "checkpoint.safetensors"
+# What a resumed call may change: it does not decide the canvas, or `tiles` and the size do in its place.
+FREE_ARGUMENTS = (
+    *("self", "output_type", "return_dict", "callback_on_step_end", "callback_on_step_end_tensor_inputs", "color_fix"),
+    *("upscale_factor", "tile_size", "tile_overlap", "tile_batch_size"),
+    *("checkpoint_dir", "checkpoint_steps", "process_group"),
+    *("return_diagnostics", "suspect_threshold"),
+)
+SAMPLED_WEIGHTS = 16  # values of each weight by which a checkpoint knows its models
 
 # What the planner weighs: the steps of FLUX.1-schnell, and the time of the VAE for an image token, as the operations
 # that the compiled transformer does in that time (measured on an H100).
@@ -104,6 +119,10 @@ VAE_FLOPS_PER_TOKEN = 9e9
 FLAT_TILE_CONTRAST = 0.01
 FLAT_TILE_SQUARE = 64
 FLAT_TILE_DINO_SPREAD = 0.3
+
+SEAM_OFFSETS = (-32, -16, 16, 32)  # px, of the lines that a tile's border is compared with
+LEAST_STEP = 1e-6
+SUSPECT_SIMILARITY = 0.5  # a guess: DINO's similarity of input and result below which a tile may show something else
 
 # Backends that add a float mask of shape (B, 1, 1, S) to the logits; the others refuse a mask.
 MASK_BACKENDS = (
@@ -218,6 +237,13 @@ class TilePlan(Sequence):
     @property
     def tokens_per_tile(self) -> int:
         return math.prod(self.tile_tokens)
+
+    @property
+    def borders(self) -> tuple[list[int], list[int]]:
+        """The first pixel rows and columns beyond the tiles' borders inside the canvas."""
+        rows = {*self.tops[1:], *(top + self.tile_height for top in self.tops[:-1])}
+        columns = {*self.lefts[1:], *(left + self.tile_width for left in self.lefts[:-1])}
+        return sorted(rows), sorted(columns)
 
     def windows(self, pixels_per_cell: int = 1) -> Iterator[torch.Tensor]:
         """Yields each tile's blending weights `(rows, columns)`; at every cell of the canvas they sum to one."""
@@ -495,6 +521,212 @@ def feature_spread(features: torch.Tensor) -> torch.Tensor:
     """Mean distance (1 - cosine) of `(batch, rows, columns, dim)` features from their mean. Shape `(batch,)`."""
     features = features.float().flatten(1, 2)
     return 1 - F.cosine_similarity(features, features.mean(1, keepdim=True), dim=-1).mean(1)
+
+
+# ---- Finite numbers, processes and checkpoints ---------------------------------------------------------------------
+
+
+def watch_tiles(tiles: Iterable[torch.Tensor], is_finite: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Yields the tiles and notes for each, without waiting for the device, whether it is finite."""
+    for tile in tiles:
+        is_finite.append(tile.isfinite().all())
+        yield tile
+
+
+def check_finite(is_finite: Sequence[torch.Tensor], what: str, remedy: str, plan: Sequence[Tile] = ()) -> None:
+    """Raises a `FloatingPointError` unless all flags, one for each tile if there is a plan, are true."""
+    flags = torch.stack(list(is_finite))
+    if flags.all():
+        return
+    bad = [tile for tile, is_good in zip(plan, flags.tolist()) if not is_good]
+    place = (
+        f" in {len(bad)} of {len(plan)} tiles, first in that at top {bad[0].top}, left {bad[0].left} px" if bad else ""
+    )
+    raise FloatingPointError(f"NaN or infinite values in {what}{place}. {remedy}")
+
+
+def share_work(compute: Callable[[Any], torch.Tensor], items: Sequence, process_group: Any) -> Iterator[torch.Tensor]:
+    """
+    Yields `compute(item)`, of one shape, for all items in order.
+
+    The processes of a `torch.distributed` group take an item each, round by round, and send each other the results as
+    they are: every process yields all of them, bit for bit what one process yields, to add them up in the same order.
+    """
+    if process_group is None:
+        yield from map(compute, items)
+        return
+    rank, size = torch.distributed.get_rank(process_group), torch.distributed.get_world_size(process_group)
+    for start in range(0, len(items), size):
+        # In the last round, processes without an item repeat the last one: all have to take part.
+        value = compute(items[min(start + rank, len(items) - 1)]).contiguous()
+        results = [torch.empty_like(value) for _ in range(size)]
+        torch.distributed.all_gather(results, value, group=process_group)
+        yield from results[: len(items) - start]
+
+
+def is_first_process(process_group: Any) -> bool:
+    """Whether this process, of those that share an image, is the one that writes."""
+    return process_group is None or torch.distributed.get_rank(process_group) == 0
+
+
+def describe(value: Any) -> Any:
+    """An argument as JSON can hold it: tensors, arrays, images and the states of generators as a digest."""
+    if isinstance(value, torch.Generator):
+        return f"seed {value.initial_seed()}, state {describe(value.get_state())}"
+    if isinstance(value, PIL.Image.Image):
+        value = np.array(value.convert("RGB"))
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(value)
+    if isinstance(value, torch.Tensor):
+        data = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        return f"{str(value.dtype)[6:]} {tuple(value.shape)} {hashlib.sha256(data.data).hexdigest()[:16]}"
+    if isinstance(value, Mapping):
+        return {str(name): describe(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [describe(entry) for entry in value]
+    return value if value is None or isinstance(value, (str, int, float)) else str(value)
+
+
+def describe_model(model: torch.nn.Module) -> str:
+    """
+    A model's class with a digest of its config, of some values of each weight that is not quantized, and of the state
+    of its LoRA layers. It is the same wherever offloading keeps the weights.
+    """
+    config = model.config if isinstance(model.config, Mapping) else {}
+    parts: list[Any] = [{name: value for name, value in config.items() if not name.startswith("_")}]
+    for name, module in model.named_modules():
+        parts.append(
+            [name, *(getattr(module, key, None) for key in ("scaling", "_active_adapter", "_disable_adapters"))]
+        )
+        with align_module_device(module):
+            weights = [weight for weight in module.parameters(recurse=False) if type(weight) is torch.nn.Parameter]
+            parts += [weight.detach().flatten()[:SAMPLED_WEIGHTS].float() for weight in weights]
+    return f"{type(model).__name__} {hashlib.sha256(json.dumps(describe(parts)).encode()).hexdigest()[:16]}"
+
+
+def differing_settings(settings: dict, others: dict, when: str) -> str:
+    """The settings that are not the same in `others`, in words."""
+    names = [name for name in {**settings, **others} if settings.get(name) != others.get(name)]
+    return "; ".join(f"{name} is {settings.get(name)!r:.80}, {when} {others.get(name)!r:.80}" for name in names)
+
+
+def read_checkpoint(folder: str | Path | None, settings: dict, process_group: Any) -> dict[str, torch.Tensor]:
+    """
+    The tensors of the checkpoint in `folder`, which is made if it is missing; empty if it has none.
+
+    Raises:
+        `ValueError`: If it was made with other settings, or the processes of the group do not agree.
+        `OSError`: If `folder` cannot be written.
+    """
+    saved_settings, tensors = None, {}
+    if folder is not None:
+        path = Path(folder) / CHECKPOINT_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".tmp").touch()
+        path.with_suffix(".tmp").unlink(missing_ok=True)
+        if path.exists():
+            try:
+                with safe_open(path, "pt") as file:
+                    saved_settings = json.loads((file.metadata() or {}).get("settings", "{}"))
+                    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+            except SafetensorError as error:
+                raise ValueError(f"{path} is not a checkpoint ({error}). Delete it.") from error
+    if process_group is not None:
+        step = int(tensors.get("step", torch.tensor(0)))
+        calls: list[Any] = [None] * torch.distributed.get_world_size(process_group)
+        call = {**settings, "step of the checkpoint": step, "settings of the checkpoint": saved_settings}
+        torch.distributed.all_gather_object(calls, call, group=process_group)
+        for rank, other in enumerate(calls):
+            if other != calls[0]:
+                differences = differing_settings(calls[0], other, f"in process {rank}")
+                raise ValueError(f"The processes of `process_group` must make the same call: {differences}.")
+    if saved_settings is not None and saved_settings != settings:
+        differences = differing_settings(settings, saved_settings, "in the checkpoint")
+        raise ValueError(
+            f"`checkpoint_dir` {folder} holds a checkpoint of other settings: {differences}. Repeat the call with its"
+            " settings, or delete the folder."
+        )
+    return tensors
+
+
+def save_checkpoint(folder: str | Path, settings: dict, tensors: dict[str, torch.Tensor]) -> None:
+    """Replaces the checkpoint in `folder` at once; if it cannot be written, warns and leaves the old one."""
+    path = Path(folder) / CHECKPOINT_NAME
+    temporary = path.with_suffix(".tmp")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(tensors, temporary, metadata={"settings": json.dumps(settings)})
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        logger.warning(f"The checkpoint {path} cannot be written, and the image goes on without: {error}")
+
+
+# ---- Diagnostics ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class FluxDinoTilePipelineOutput(FluxPipelineOutput):
+    """Images and, if they were asked for, numbers about their tiles, tensors of shape `(num_tiles, batch)`."""
+
+    tile_plan: TilePlan | None = None
+    dino_similarity: Any = None  # of result to input; NaN without a DINO encoder
+    seam_score: Any = None  # see `tile_seam_scores`
+    suspects: list[list[Tile]] | None = None  # for each image the tiles of too little similarity
+
+
+def dino_similarity(features: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Mean cosine of features `(..., rows, columns, dim)` at the same place, from -1 to 1 for equal ones."""
+    return F.cosine_similarity(features.float(), others.float().to(features.device), dim=-1).mean((-2, -1)).cpu()
+
+
+def line_steps(image: torch.Tensor, axis: int) -> np.ndarray:
+    """Mean step of a `(3, height, width)` picture across each line between two rows (axis 0) or columns (axis 1)."""
+    return image.diff(dim=axis + 1).abs().mean((0, 2 - axis)).cpu().numpy()
+
+
+def seam_ratio(image: torch.Tensor, rows: Sequence[int], columns: Sequence[int]) -> float:
+    """
+    How much larger the steps across the tiles' borders are than those one and two tokens away: 1 without seams, and
+    where all lines are borders.
+
+    Lines on the token grid are compared with each other, for a grid of the VAE's own is not a seam.
+
+    Args:
+        image (`torch.Tensor` of shape `(3, height, width)`): The picture.
+        rows, columns (`Sequence[int]`): The first pixel row or column beyond each border inside the picture.
+    """
+    across, beside = [], []
+    for axis, lines in enumerate((rows, columns)):
+        steps = line_steps(image, axis)
+        for line in lines:
+            others = {line + offset for offset in SEAM_OFFSETS if 0 < line + offset <= len(steps)} - set(lines)
+            if others:
+                across.append(steps[line - 1])
+                beside.append(np.mean([steps[other - 1] for other in others]))
+    if not across:
+        return 1.0
+    # The least step keeps a picture without any from dividing by 0.
+    return float((np.mean(across) + LEAST_STEP) / (np.mean(beside) + LEAST_STEP))
+
+
+def tile_seam_scores(image: torch.Tensor, plan: TilePlan) -> list[float]:
+    """
+    For each tile of a padded `(3, height, width)` picture the [`seam_ratio`] of its and its neighbours' borders in it
+    and on its edge; 1 for a single tile.
+    """
+    margin = max(SEAM_OFFSETS)
+    scores = []
+    for top, left, height, width in plan:
+        starts = (max(0, top - margin), max(0, left - margin))
+        region = image[:, starts[0] : top + height + margin, starts[1] : left + width + margin]
+        lines = [
+            [border - start for border in borders if first <= border <= first + length]
+            for borders, first, length, start in zip(plan.borders, (top, left), (height, width), starts)
+        ]
+        scores.append(seam_ratio(region, *lines))
+    return scores
 
 
 # ---- DINO features to tokens ---------------------------------------------------------------------------------------
@@ -1135,6 +1367,23 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         if not isinstance(tensor_inputs, (list, tuple)) and (callback_on_step_end or tensor_inputs is not None):
             raise ValueError(f"`callback_on_step_end_tensor_inputs` must be a list but is {tensor_inputs!r}.")
 
+    def check_diagnosis_inputs(self, image, output_type, latents, suspect_threshold, redo_start_sigma, start_sigma):
+        r"""Checks what a diagnosis of the tiles, and doing some again, need; raises a `ValueError`."""
+        check_number("suspect_threshold", suspect_threshold, -1, 1, "It is a mean cosine of DINO features.")
+        if output_type == "latent" or self.is_latent_image(image):
+            raise ValueError(
+                "`return_diagnostics` and `redo_start_sigma` compare pixels, but `image` or `output_type`"
+                f" ({output_type!r}) is latents. Pass pixels, and another `output_type`."
+            )
+        if redo_start_sigma is not None:
+            remedy = f"It must be less noise than the tiles start from at first, {start_sigma:.3g}."
+            check_number("redo_start_sigma", redo_start_sigma, 0.01, np.nextafter(start_sigma, 0), remedy)
+            if latents is not None or self.dino_encoder is None or self.dino_projector is None:
+                raise ValueError(
+                    f"`redo_start_sigma` ({redo_start_sigma:g}) needs a DINO projector to find the tiles, and no"
+                    " `latents`. Call `load_dino_projector`, or pass None."
+                )
+
     def check_prompt_inputs(self, texts: dict, embeds: dict, max_sequence_length, joint_attention_kwargs):
         r"""
         Checks the texts, or their embeddings, by the argument's name; raises a `ValueError`. The parent's
@@ -1277,6 +1526,43 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
                 return "context parallelism, which splits the sequence. Pass 0 or 1."
         return None
 
+    def check_checkpoint_inputs(self, checkpoint_dir, checkpoint_steps, process_group, generator, redo_start_sigma):
+        r"""Checks what checkpoints, and processes that share the image, need; raises a `ValueError`."""
+        check_integer("checkpoint_steps", checkpoint_steps, 1, "It is the number of steps between checkpoints.")
+        if checkpoint_dir is not None and (not isinstance(checkpoint_dir, (str, Path)) or checkpoint_dir == ""):
+            raise ValueError(f"`checkpoint_dir` must be the path of a folder but is {checkpoint_dir!r}.")
+        if checkpoint_dir is None and process_group is None:
+            return
+        name = "process_group" if checkpoint_dir is None else "checkpoint_dir"
+        scheduler = self.scheduler
+        is_stateless = type(scheduler) is FlowMatchEulerDiscreteScheduler
+        if not is_stateless or scheduler.config.get("stochastic_sampling", False):
+            kind = f"a stochastic {type(scheduler).__name__}" if is_stateless else f"a {type(scheduler).__name__}"
+            raise ValueError(
+                f"`{name}` needs steps that depend on the canvas alone, but `scheduler` is {kind}. Use a"
+                " FlowMatchEulerDiscreteScheduler without `stochastic_sampling`."
+            )
+        if redo_start_sigma is not None:
+            raise ValueError(
+                f"`redo_start_sigma` ({redo_start_sigma:g}) starts from the input's latents, which a call with"
+                f" `{name}` need not have. Pass one of them."
+            )
+        if process_group is not None and generator is None:
+            raise ValueError("`process_group` needs a `generator`, with the same seed in every process.")
+
+    def describe_call(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        r"""
+        What decides the canvas after each step, as JSON can hold it: the arguments and the models. The dtype of the
+        VAE is left out, so that a result that it cannot decode in float16 can be decoded in float32.
+        """
+        models = {name: part for name, part in self.components.items() if isinstance(part, torch.nn.Module)}
+        dtypes = {name: str(model.dtype) for name, model in models.items() if name != "vae"}
+        return {
+            **describe(arguments),
+            **{name: describe_model(part) for name, part in models.items()},
+            "dtype": dtypes,
+        }
+
     def get_num_prompts(self, prompt, prompt_embeds, num_images: int) -> int:
         r"""The number of prompts once a single prompt is repeated for several images."""
         num_prompts = len(prompt) if isinstance(prompt, list) else 1 if prompt_embeds is None else len(prompt_embeds)
@@ -1375,7 +1661,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         pixels = image if tile is None else image[tile.slices()].to(self._execution_device)
         return pixels if pixels.is_floating_point() else self.image_processor.normalize(pixels.float() / 255)
 
-    def encode_tiles(self, image: torch.Tensor, plan: TilePlan, generator) -> torch.Tensor:
+    def encode_tiles(self, image: torch.Tensor, plan: TilePlan, generator, process_group=None) -> torch.Tensor:
         r"""
         Encodes a prepared image `(batch, 3, height, width)` tile by tile to scaled latents in float32 of shape
         `(batch, latent channels, rows, columns)`.
@@ -1383,8 +1669,10 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         The tiles' posteriors are blended before one sample is drawn for the whole image, so that the result does not
         depend on the order of the tiles.
         """
-        tiles = (self.encode_tile(self.crop_pixels(image, tile)) for tile in plan)
-        blended = blend_tiles(tiles, plan, self.vae_scale_factor)
+        is_finite: list[torch.Tensor] = []
+        tiles = share_work(lambda tile: self.encode_tile(self.crop_pixels(image, tile)), plan, process_group)
+        blended = blend_tiles(watch_tiles(tiles, is_finite), plan, self.vae_scale_factor)
+        check_finite(is_finite, "the image as the VAE encodes it", VAE_REMEDY, plan)
         if blended.shape[1] == self.latent_channels:  # an `AutoencoderTiny` has no posterior
             latents = blended
         else:
@@ -1404,15 +1692,23 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         encoded = self.vae.encode(pixels.to(self._execution_device).to(self.vae.dtype).contiguous())
         return encoded.latent_dist.parameters if hasattr(encoded, "latent_dist") else encoded.latents
 
-    def decode_strips(self, latents: torch.Tensor, plan: TilePlan) -> Iterator[torch.Tensor]:
+    def decode_strips(self, latents: torch.Tensor, plan: TilePlan, process_group=None) -> Iterator[torch.Tensor]:
         r"""
         Decodes `(batch, latent channels, rows, columns)` latents tile by tile and yields the padded image from top to
         bottom, in strips `(batch, 3, rows, width)`, about in [-1, 1], in float32. Only one row of tiles is held.
         """
         latents = latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
         # Contiguous, because a compiled decoder is compiled for given strides.
-        tiles = (latents[tile.slices(self.vae_scale_factor)].contiguous().to(self.vae.dtype) for tile in plan)
-        return blend_strips((self.vae.decode(tile, return_dict=False)[0] for tile in tiles), plan, 1)
+        tiles = [latents[tile.slices(self.vae_scale_factor)] for tile in plan]
+        is_finite: list[torch.Tensor] = []
+        decoded = share_work(
+            lambda tile: self.vae.decode(tile.contiguous().to(self.vae.dtype), return_dict=False)[0],
+            tiles,
+            process_group,
+        )
+        for strip in blend_strips(watch_tiles(decoded, is_finite), plan, 1):
+            check_finite(is_finite, "the result as the VAE decodes it", VAE_REMEDY, plan)
+            yield strip
 
     def decode_image(
         self,
@@ -1422,12 +1718,13 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         width: int,
         output_type: str,
         fix_color: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        process_group=None,
     ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
         r"""
         Decodes latents to the output of `height` and `width` in pixels, put together in main memory: "pil" from bytes,
         "np" and "pt" from floats in [0, 1]. `fix_color` gets and returns the whole padded image, on the CPU.
         """
-        strips: Iterable[torch.Tensor] = self.decode_strips(latents, plan)
+        strips: Iterable[torch.Tensor] = self.decode_strips(latents, plan, process_group)
         if fix_color is not None:
             strips = [fix_color(torch.cat([strip.cpu() for strip in strips], dim=2))]
         parts = [self.finish_strip(strip[..., :width], output_type) for strip in strips]
@@ -1447,7 +1744,9 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         return strip.contiguous().cpu()
 
     @torch.no_grad()
-    def decode_pixels(self, latents: torch.Tensor, plan: TilePlan, height: int, width: int) -> Iterator[np.ndarray]:
+    def decode_pixels(
+        self, latents: torch.Tensor, plan: TilePlan, height: int, width: int, process_group=None
+    ) -> Iterator[np.ndarray]:
         r"""
         Decodes a result of `output_type="latent"` without holding the picture: yields its pixels from top to bottom as
         bytes of shape `(batch, rows, width, 3)`. A row of tiles is held.
@@ -1457,9 +1756,14 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             plan ([`TilePlan`]): The tiles of the call, from [`~FluxDinoTilePipeline.plan_tiles`].
             height (`int`): Height of the output in pixels.
             width (`int`): Width of the output in pixels.
+            process_group (`torch.distributed.ProcessGroup`, *optional*):
+                The processes that share the decoding. Every one of them has to take all the pixels.
+
+        Raises:
+            `FloatingPointError`: If the decoded pixels have NaN or infinite values.
         """
-        top = 0
-        for strip in self.decode_strips(self.unpack_canvas(latents, plan.height, plan.width), plan):
+        canvas, top = self.unpack_canvas(latents, plan.height, plan.width), 0
+        for strip in self.decode_strips(canvas, plan, process_group):
             for rows in strip[:, :, : height - top, :width].split(FINISHED_ROWS, dim=2):
                 yield self.finish_strip(rows, "pil").numpy()
             top += strip.shape[2]
@@ -1562,7 +1866,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         self.maybe_free_model_hooks()
         return features
 
-    def encode_dino_tiles(self, image: torch.Tensor, plan: TilePlan) -> torch.Tensor:
+    def encode_dino_tiles(self, image: torch.Tensor, plan: TilePlan, process_group=None) -> torch.Tensor:
         r"""
         DINO features `(num_tiles, batch, grid rows, grid columns, features)` of the tiles of a prepared image
         `(batch, 3, height, width)`.
@@ -1576,12 +1880,13 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         mean, std = (
             torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (config.image_mean, config.image_std)
         )
-        features = []
-        for tile in plan:
+
+        def encode(tile: Tile) -> torch.Tensor:
             pixels = (self.crop_pixels(image, tile) / 2 + 0.5 - mean) / std
             pixels = F.interpolate(pixels, (rows * patch_size, columns * patch_size), mode="bicubic", antialias=True)
-            features.append(self.dino_projector.pool(self.get_patch_features(pixels, rows, columns)))
-        return torch.stack(features)
+            return self.dino_projector.pool(self.get_patch_features(pixels, rows, columns))
+
+        return torch.stack(list(share_work(encode, plan, process_group)))
 
     def get_patch_features(self, pixels: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
         r"""Features `(batch, rows, columns, dim)` of every patch, without CLS and register tokens, after the norm."""
@@ -1627,6 +1932,20 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
                 f"The DINO tokens come in at sigma {sigma:.3f}, but the projector was trained up to {sigma_max}. Lower"
                 " `start_sigma` or `strength`, or raise `dino_guidance_start`."
             )
+
+    @torch.no_grad()
+    def diagnose_tiles(self, images, plan, features, suspect_threshold=SUSPECT_SIMILARITY):
+        r"""
+        Compares the tiles of results with the `features` of the input, from [`~FluxDinoTilePipeline.encode_dino`].
+        DINO steers the result too, so that its similarity is no independent judgement.
+        """
+        pixels = self.prepare_image(images, *self.get_output_size(images, upscale_factor=1))
+        scores = torch.tensor([tile_seam_scores(self.crop_pixels(image[None])[0], plan) for image in pixels]).T
+        similarity = torch.full_like(scores, torch.nan)
+        if features is not None and self.dino_encoder is not None:
+            similarity = dino_similarity(self.encode_dino_tiles(pixels, plan), features)
+        suspects = [[tile for tile, value in zip(plan, c) if value < suspect_threshold] for c in similarity.T]
+        return FluxDinoTilePipelineOutput(images, plan, similarity, scores, suspects)
 
     @staticmethod
     def expand_images(values: torch.Tensor, num_prompts: int, batch_size: int) -> torch.Tensor:
@@ -1678,6 +1997,9 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             )
             for embeds in (prompt_embeds, pooled_prompt_embeds)
         )
+        remedy = "T5 overflows in float16: use bfloat16 or float32."
+        flags = [prompt_embeds.isfinite().all(), pooled_prompt_embeds.isfinite().all()]
+        check_finite(flags, f"the embeddings of `{prefix}prompt`", remedy)
         text_ids = torch.zeros(prompt_embeds.shape[1], 3, device=device)
         return PromptBranch(prompt_embeds, pooled_prompt_embeds, text_ids, ip_adapter_embeds)
 
@@ -1752,22 +2074,30 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         return self.unpack_canvas(velocity.float(), rows * self.vae_scale_factor, columns * self.vae_scale_factor)
 
     def predict_tile_velocities(
-        self, tiles, timestep, branches, guidance, dino, tile_batches, true_cfg_scale, progress_bar
+        self, tiles, timestep, branches, guidance, dino, tile_batches, true_cfg_scale, progress_bar, process_group=None
     ) -> Iterator[torch.Tensor]:
         r"""Yields the velocity of each tile of `tile_batches`, of the shape `(batch, ...)` that `tiles` have."""
-        for indices in tile_batches:
+
+        def predict(indices: list[int]) -> torch.Tensor:
             latents = torch.cat([tiles[index] for index in indices])
             batch_dino = None if dino is None else dino._replace(tokens=dino.tokens[indices])
             velocity = self.predict_velocity(latents, timestep, branches[0], guidance, batch_dino)
             if len(branches) > 1:
                 negative = self.predict_velocity(latents, timestep, branches[1], guidance, batch_dino)
                 velocity = negative + true_cfg_scale * (velocity - negative)
-            progress_bar.update()
-            yield from velocity.chunk(len(indices))
+            # Processes exchange tensors of one shape, and the last batch may be smaller than the others.
+            return F.pad(velocity, [0] * 7 + [len(tiles[0]) * (len(tile_batches[0]) - len(indices))])
 
-    def predict_state_velocity(self, state, timestep, plan, flat_latents, *arguments) -> torch.Tensor:
+        for velocity in share_work(predict, tile_batches, process_group):
+            progress_bar.update()
+            yield from velocity.split(len(tiles[0]))
+
+    def predict_state_velocity(
+        self, state, timestep, plan, flat_latents, *arguments
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         r"""
-        The velocity of the state: a canvas `(batch, latent channels, rows, columns)`, or the stack of its tiles.
+        The velocity of the state: a canvas `(batch, latent channels, rows, columns)`, or the stack of its tiles; and
+        for each tile whether it is finite.
 
         A tile in `flat_latents`, which maps its index to its clean latents, moves straight to them: on the line
         `x = (1 - sigma) * clean + sigma * noise` the velocity is `noise - clean = (x - clean) / sigma`. The other
@@ -1777,11 +2107,16 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         tiles = [state[tile.slices(self.vae_scale_factor)] for tile in plan] if is_canvas else state.unbind()
         predicted = self.predict_tile_velocities(tiles, timestep, *arguments)
         sigma = timestep / self.scheduler.config.num_train_timesteps
-        velocities = (
-            (tile - flat_latents[index]) / sigma if index in flat_latents else next(predicted)
-            for index, tile in enumerate(tiles)
+        is_finite: list[torch.Tensor] = []
+        velocities = watch_tiles(
+            (
+                (tile - flat_latents[index]) / sigma if index in flat_latents else next(predicted)
+                for index, tile in enumerate(tiles)
+            ),
+            is_finite,
         )
-        return blend_tiles(velocities, plan, self.vae_scale_factor) if is_canvas else torch.stack(list(velocities))
+        velocity = blend_tiles(velocities, plan, self.vae_scale_factor) if is_canvas else torch.stack(list(velocities))
+        return velocity, is_finite
 
     def find_flat_tiles(
         self, image: torch.Tensor, plan: TilePlan, features: torch.Tensor | None, max_contrast: float
@@ -1795,6 +2130,24 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             spreads = [float(feature_spread(tile_features).max()) for tile_features in features]
             flat = [is_flat and spread <= FLAT_TILE_DINO_SPREAD for is_flat, spread in zip(flat, spreads)]
         return [index for index, is_flat in enumerate(flat) if is_flat]
+
+    def redo_tiles(self, canvas, noisy, suspects, timesteps, plan, tile_batches, dino, conditions, true_cfg_scale):
+        r"""
+        Denoises tiles of a finished canvas, those in `suspects` `(num_tiles, batch)`, again from a `noisy` one, each
+        alone and with DINO in every step, and blends them in.
+        """
+        cell = self.vae_scale_factor
+        finished = crop_tiles(canvas, plan, cell)
+        kept = {index: finished[index] for index in range(len(plan)) if not suspects[index].any()}
+        state = crop_tiles(noisy, plan, cell)
+        with self.dino_attention(dino), self.progress_bar(total=len(timesteps) * len(tile_batches)) as bar:
+            for t in timesteps:
+                arguments = (*conditions, dino, tile_batches, true_cfg_scale, bar, None)
+                velocity, is_finite = self.predict_state_velocity(state, t, plan, kept, *arguments)
+                check_finite(is_finite, "the velocity of tiles that are denoised again", MODEL_REMEDY, plan)
+                state = self.scheduler.step(velocity, t, state, return_dict=False)[0]
+        suspects = suspects[:, :, None, None, None].to(state.device)
+        return canvas + blend_tiles(torch.where(suspects, state - finished, 0.0), plan, cell)
 
     def run_callback(self, callback, index, timestep, tensor_inputs, canvas, branch, plan):
         r"""Calls `callback_on_step_end` with the packed canvas; returns the canvas and the branch that it leaves."""
@@ -1851,7 +2204,13 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         dino_embeds: torch.Tensor | None = None,
         color_fix: str | None = None,
         skip_flat_tiles: bool | float = False,
-    ) -> FluxPipelineOutput | tuple:
+        checkpoint_dir: str | Path | None = None,
+        checkpoint_steps: int = 1,
+        process_group: Any = None,
+        return_diagnostics: bool = False,
+        suspect_threshold: float = SUSPECT_SIMILARITY,
+        redo_start_sigma: float | None = None,
+    ) -> FluxDinoTilePipelineOutput | tuple:
         r"""
         Enlarges an image. Arguments up to `max_sequence_length` are the parent's, in its order.
 
@@ -1954,15 +2313,38 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
                 Leaves flat tiles, such as clear sky, at the input's latents instead of denoising them. A tile is flat
                 if its [`tile_contrast`] is at most this number in (0, 1], 0.01 for `True`, and DINO, where it is on,
                 sees one thing in it. Neighbours blend into it by the same windows.
+            checkpoint_dir (`str` or `Path`, *optional*):
+                Folder for this image's checkpoint, made if missing: the canvas after a step, the generator and the
+                settings. The same call goes on from it and gives the same image; a call with other settings is
+                refused, but `output_type`, `color_fix` and `tile_batch_size` may change. What a callback keeps is not
+                saved. Delete the folder once the image is saved.
+            checkpoint_steps (`int`, defaults to 1):
+                Steps from one checkpoint to the next; the last step always makes one.
+            process_group (`torch.distributed.ProcessGroup`, *optional*):
+                Processes that share the tiles of this image, for example `torch.distributed.group.WORLD`. All must
+                make the same call, with generators of one seed, and all get the image, the same as from one process.
+            return_diagnostics (`bool`, defaults to `False`):
+                Whether the output carries the tile plan, each tile's `dino_similarity` to the input and `seam_score`,
+                and the suspects.
+            suspect_threshold (`float`, defaults to 0.5):
+                Similarity, from -1 to 1, below which a tile is suspect: it may show what the input does not.
+            redo_start_sigma (`float`, *optional*):
+                Denoises the suspect tiles once more, from the input with this lower share of noise, and blends them
+                in; the diagnostics are those of the new picture. Not with `checkpoint_dir` or `process_group`.
 
         Examples:
 
         Returns:
-            [`~pipelines.flux.FluxPipelineOutput`] or `tuple`: The images, in a tuple with `return_dict=False`.
+            [`FluxDinoTilePipelineOutput`] or `tuple`: The images and what `return_diagnostics` adds, in a tuple with
+            `return_dict=False`.
 
         Raises:
-            `ValueError`: If an argument is out of range or does not fit another, before any model runs.
+            `ValueError`: If an argument is out of range or does not fit another, or the checkpoint is of other
+                settings, before any model runs.
+            `FloatingPointError`: If embeddings, latents, velocity or result have NaN or infinite values.
         """
+        arguments = {name: value for name, value in locals().items() if name not in FREE_ARGUMENTS}
+
         # 1. Define the output and its tiles, and check inputs
         height, width = self.get_output_size(image, height, width, upscale_factor)
         plan = self.plan_tiles(height, width, tile_size, tile_overlap)
@@ -2021,12 +2403,17 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         check_number("dino_guidance_start", dino_guidance_start, 0, 1, "It is a share of the steps.")
         check_number("dino_guidance_end", dino_guidance_end, dino_guidance_start, 1, "It is a share of the steps.")
         self.check_dino_inputs(image, plan, num_images, dino_conditioning_scale, dino_embeds, joint_attention_kwargs)
+        self.check_checkpoint_inputs(checkpoint_dir, checkpoint_steps, process_group, generator, redo_start_sigma)
 
         # 2. Define call parameters and timesteps
         num_inference_steps, guidance_scale, start_sigma = self.get_default_settings(
             strength, sigmas, start_sigma, num_inference_steps, guidance_scale
         )
         timesteps = self.get_tile_timesteps(num_inference_steps, sigmas, strength, start_sigma, plan)
+        is_diagnosed = return_diagnostics or redo_start_sigma is not None
+        if is_diagnosed:
+            first_sigma = float(timesteps[0]) / self.scheduler.config.num_train_timesteps
+            self.check_diagnosis_inputs(image, output_type, latents, suspect_threshold, redo_start_sigma, first_sigma)
         batch_size = num_prompts * num_images_per_prompt
         device = self._execution_device
         if self.is_compiled and tile_size is None:
@@ -2038,6 +2425,13 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
 
         # 3. Preprocess the image and encode the prompts
         canvas_image = image if is_latent_image else self.prepare_image(image, height, width)
+        settings: dict[str, Any] = {}
+        checkpoint: dict[str, torch.Tensor] = {}
+        if checkpoint_dir is not None or process_group is not None:
+            arguments |= {"height": height, "width": width, "tiles": asdict(plan)}
+            arguments |= {"num_inference_steps": num_inference_steps, "sigmas": self.scheduler.sigmas}
+            settings = self.describe_call(arguments)
+            checkpoint = read_checkpoint(checkpoint_dir, settings, process_group)
         if prompt_embeds is not None:
             # A negative prompt gets as many tokens, for both share the positions.
             max_sequence_length = prompt_embeds.shape[1]
@@ -2051,6 +2445,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
 
         # 4. Encode what DINO sees in each tile
         num_steps = len(timesteps)
+        step_sigmas = (timesteps / self.scheduler.config.num_train_timesteps).tolist()
         dino_steps = [
             i
             for i in range(num_steps)
@@ -2058,46 +2453,62 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         ]
         dino = dino_off = features = None
         if self.dino_projector is not None and dino_conditioning_scale > 0 and dino_steps:
-            features = self.encode_dino_tiles(canvas_image, plan) if dino_embeds is None else dino_embeds
+            features = dino_embeds
+            if features is None:
+                features = self.encode_dino_tiles(canvas_image, plan, process_group)
             features = self.expand_images(features.transpose(0, 1), num_prompts, batch_size).transpose(0, 1)
             self.warn_outside_training(float(timesteps[dino_steps[0]]) / self.scheduler.config.num_train_timesteps)
             dino = self.prepare_dino_tokens(features, plan, float(dino_conditioning_scale))
+            check_finite([tokens.isfinite().all() for tokens in dino.tokens], "the DINO tokens", MODEL_REMEDY, plan)
         if self.is_compiled and self.dino_projector is not None and self.find_obstacle_to_strength() is None:
             dino, dino_off = self.keep_dino_tokens(dino, plan, batch_size)
 
-        # 5. Encode the image and add noise
+        # 5. Encode the image and add noise, or go on from the checkpoint
         cell = self.vae_scale_factor
+        is_fused = tile_fusion == "step"
         flat_latents: dict[int, torch.Tensor] = {}
-        if latents is None:
-            image_latents = canvas_image if is_latent_image else self.encode_tiles(canvas_image, plan, generator)
+        generators = [item for item in (generator if isinstance(generator, list) else [generator]) if item is not None]
+        first_step = 0
+        if checkpoint:
+            first_step, state = int(checkpoint["step"]), checkpoint["state"].to(device)
+            self.scheduler.set_begin_index((self.scheduler.begin_index or 0) + first_step)
+            flat_latents = dict(zip(checkpoint["flat_tiles"].tolist(), checkpoint["flat_latents"].to(device)))
+            branches[0] = branches[0]._replace(prompt_embeds=checkpoint["prompt_embeds"].to(device))
+            for index, item in enumerate(generators):
+                item.set_state(checkpoint[f"generator_{index}"])
+        elif latents is None:
+            image_latents = canvas_image
+            if not is_latent_image:
+                image_latents = self.encode_tiles(canvas_image, plan, generator, process_group)
             image_latents = self.expand_images(image_latents, num_prompts, batch_size)
             image_latents = image_latents.to(device=device, dtype=torch.float32)
             if max_contrast > 0:
                 flat_tiles = self.find_flat_tiles(canvas_image, plan, features, max_contrast)
                 flat_latents = {index: image_latents[plan[index].slices(cell)] for index in flat_tiles}
-            latents = self.add_noise(image_latents, timesteps[:1], generator)
+            canvas = self.add_noise(image_latents, timesteps[:1], generator)
         else:
-            latents = self.unpack_canvas(latents.to(device=device, dtype=torch.float32), plan.height, plan.width)
+            canvas = self.unpack_canvas(latents.to(device=device, dtype=torch.float32), plan.height, plan.width)
 
         # 6. Denoise: with "step" the state is the canvas, with "final" it is the stack of tiles
         guidance = None
         if self.transformer.config.guidance_embeds:
             guidance = torch.full([1], guidance_scale, device=device, dtype=torch.float32)
-        is_fused = tile_fusion == "step"
-        state = latents if is_fused else crop_tiles(latents, plan, cell)
+        if not checkpoint:
+            state = canvas if is_fused else crop_tiles(canvas, plan, cell)
         moving_tiles = [index for index in range(len(plan)) if index not in flat_latents]
         tile_batches = self.get_tile_batches(moving_tiles, tile_batch_size)
         with (
             self.dino_attention(dino),
-            self.progress_bar(total=num_steps * len(tile_batches)) as progress_bar,
+            self.progress_bar(total=(num_steps - first_step) * len(tile_batches)) as progress_bar,
         ):
-            for i, t in enumerate(timesteps):
+            for i, t in itertools.islice(enumerate(timesteps), first_step, None):
                 if self.interrupt:
                     break
+                step_name = f"step {i + 1} of {num_steps}, sigma {step_sigmas[i]:.4g},"
                 conditions = (branches, guidance, dino if i in dino_steps else dino_off)
-                velocity = self.predict_state_velocity(
-                    state, t, plan, flat_latents, *conditions, tile_batches, true_cfg_scale, progress_bar
-                )
+                calls = (tile_batches, true_cfg_scale, progress_bar, process_group)
+                velocity, is_finite = self.predict_state_velocity(state, t, plan, flat_latents, *conditions, *calls)
+                check_finite(is_finite, f"the velocity at {step_name}", MODEL_REMEDY, plan)
                 state = self.scheduler.step(velocity, t, state, return_dict=False)[0]
 
                 if callback_on_step_end is not None:
@@ -2106,7 +2517,23 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
                         callback_on_step_end, i, t, callback_on_step_end_tensor_inputs, canvas, branches[0], plan
                     )
                     if changed is not canvas:
-                        state = changed if is_fused else crop_tiles(changed, plan, cell)
+                        tiles = crop_tiles(changed, plan, cell)
+                        flags = [tile.isfinite().all() for tile in tiles]
+                        check_finite(flags, f"the latents from the callback at {step_name}", "Correct it.", plan)
+                        state = changed if is_fused else tiles
+
+                is_due = (i + 1) % checkpoint_steps == 0 or i + 1 == num_steps
+                if checkpoint_dir is not None and is_due and is_first_process(process_group):
+                    flat = list(flat_latents.values())
+                    tensors = {
+                        "step": torch.tensor(i + 1),
+                        "state": state,
+                        "prompt_embeds": branches[0].prompt_embeds,
+                        "flat_tiles": torch.tensor(list(flat_latents)),
+                        "flat_latents": torch.stack(flat) if flat else torch.empty(0),
+                        **{f"generator_{index}": item.get_state() for index, item in enumerate(generators)},
+                    }
+                    save_checkpoint(checkpoint_dir, settings, tensors)
         canvas = state if is_fused else blend_tiles(state, plan, cell)
 
         # 7. Decode
@@ -2118,14 +2545,29 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             if color_fix is not None:
                 reference = self.expand_images(self.crop_pixels(canvas_image), num_prompts, batch_size)
                 fix_color = partial(match_color, reference=reference, method=color_fix)
-            images = self.decode_image(canvas, plan, height, width, output_type, fix_color)
+            images = self.decode_image(canvas, plan, height, width, output_type, fix_color, process_group)
+
+        # 8. Compare the tiles with the input's, and redo those that show something else
+        output = FluxDinoTilePipelineOutput(images)
+        if is_diagnosed:
+            if features is None and self.dino_encoder is not None and self.dino_projector is not None:
+                features = self.encode_dino_tiles(canvas_image, plan).transpose(0, 1)
+                features = self.expand_images(features, num_prompts, batch_size).transpose(0, 1)
+            output = self.diagnose_tiles(images, plan, features, suspect_threshold)
+            suspects = output.dino_similarity < suspect_threshold
+            if redo_start_sigma is not None and suspects.any():
+                indices = suspects.any(1).nonzero().flatten().tolist()
+                timesteps = self.get_tile_timesteps(num_inference_steps, None, None, redo_start_sigma, plan)
+                noisy = self.add_noise(image_latents, timesteps[:1], generator)
+                redone = (self.get_tile_batches(indices, tile_batch_size), dino, (branches, guidance))
+                canvas = self.redo_tiles(canvas, noisy, suspects, timesteps, plan, *redone, true_cfg_scale)
+                images = self.decode_image(canvas, plan, height, width, output_type, fix_color)
+                output = self.diagnose_tiles(images, plan, features, suspect_threshold)
 
         # Offload all models
         self.maybe_free_model_hooks()
 
-        if not return_dict:
-            return (images,)
-        return FluxPipelineOutput(images=images)
+        return output if return_dict else output.to_tuple()
 
 
 # ---- Helpers of the pipeline ---------------------------------------------------------------------------------------

@@ -52,6 +52,7 @@ def build_parser() -> Parser:
     add("--token-grid", type=number(int, 1), metavar="N", help="N x N tokens of the projector (default: by --size)")
     add("--workers", type=number(int, 0), metavar="N", help="that load photos for the projector (default: by machine)")
     add("--tile-size", type=number(int, 16), metavar="PX", help="in the evaluation (default: planned)")
+    add("--start-sigma", type=number(float, 0.01, 1), metavar="SIGMA", help="in the evaluation")
     add("--cpu", action="store_true", help="leave GPUs alone")
     return parser
 
@@ -128,7 +129,7 @@ def run_evaluation(args: argparse.Namespace, sizes, device) -> dict:
     check_package("efficientnet_lite_pytorch", "the stage evaluate")
     from dino_projector.demo_training.assemble import CHECKPOINT_FOLDER
     from dino_projector.demo_training.evaluate import evaluate, format_table
-    from dino_projector.demo_training.metrics import Judge
+    from dino_projector.metrics import Judge
     from dino_projector.models import PROJECTOR_FOLDER
 
     work, folder = Path(args.work), Path(args.photos, "held_out")
@@ -137,7 +138,8 @@ def run_evaluation(args: argparse.Namespace, sizes, device) -> dict:
         raise ValueError(
             f"--work {work}: has no checkpoint with a projector yet; run the stages projector and assemble"
         )
-    numbers, sheet = evaluate(checkpoint, folder, sizes.crop, args.tile_size, args.seed, device, Judge())
+    settings = (sizes.crop, args.tile_size, args.start_sigma, args.seed, device)
+    numbers, sheet = evaluate(checkpoint, folder, *settings, Judge())
     output = work / "evaluation"
     output.mkdir(exist_ok=True)
     sheet.save(output / "pictures.png")

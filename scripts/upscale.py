@@ -19,6 +19,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -46,6 +47,7 @@ from image_files import (
     write_picture,
     write_text,
 )
+from processes import REMEDY, ProcessError, Processes
 
 
 # torch and the pipeline take seconds to import, so only the functions that need them do it.
@@ -76,8 +78,14 @@ FLUX_DEFAULTS = {
     "memory": None,
     "color_fix": None,
     "compile": False,
+    "resume": False,
+    "checkpoint_steps": 1,
+    "worker_timeout": 600.0,
 }
-MACHINE_OPTIONS = ("tile_batch_size", "device", "offload", "memory", "compile")
+MACHINE_OPTIONS = (
+    *("tile_batch_size", "device", "offload", "memory", "compile"),
+    *("resume", "checkpoint_steps", "worker_timeout"),
+)
 PICTURE_OPTIONS = [name for name in FLUX_DEFAULTS if name not in MACHINE_OPTIONS]
 PLAN_OPTIONS = ("model", "tile_size", "tile_overlap", "text_tokens")
 
@@ -101,6 +109,11 @@ UNQUANTIZED_LAYERS = [
 PLAN_FILES = ("model_index.json", "transformer/config.json", "vae/config.json")
 MODEL_FILES = (*PLAN_FILES, "scheduler/scheduler_config.json")
 
+# What the pipeline raises in all processes that share an image, or in none.
+COMMON_ERRORS = (ValueError, FloatingPointError)
+# What it may raise at all, for programs that call it by these functions.
+EXPECTED_ERRORS = (*COMMON_ERRORS, OSError, RuntimeError, MemoryError)
+
 
 class UsageError(Exception):
     """The command cannot be carried out as given; the message is one line."""
@@ -122,15 +135,11 @@ class Job:
     notes: list[str] = field(default_factory=list)
     error: str | None = None
 
+    def result(self) -> dict:
+        return {"outcome": self.outcome, "size": self.size, "notes": self.notes, "error": self.error}
+
     def as_json(self) -> dict:
-        return {
-            "input": str(self.source),
-            "output": str(self.target),
-            "outcome": self.outcome,
-            "size": self.size,
-            "notes": self.notes,
-            "error": self.error,
-        }
+        return {"input": str(self.source), "output": str(self.target), **self.result()}
 
 
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
@@ -319,6 +328,25 @@ def build_parser() -> Parser:
         help="compile the transformer and the VAE: minutes at first, faster after; all images get the tile size that "
         "is planned for the first",
     )
+    add(
+        "--resume",
+        action="store_true",
+        help="keep a checkpoint of the image in work, in a hidden folder beside the output, and go on from it: the "
+        "same command after a crash gives the same image, and with other settings the image fails",
+    )
+    add(
+        "--checkpoint-steps",
+        metavar="N",
+        type=number(int, 1),
+        help="steps from one checkpoint to the next, with --resume (default: 1)",
+    )
+    add(
+        "--worker-timeout",
+        metavar="SECONDS",
+        type=number(float, 1),
+        help="with several processes (accelerate launch): end when one gives no sign of life for so long (default: "
+        "600)",
+    )
     return parser
 
 
@@ -439,7 +467,8 @@ def target_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
 
 def say(text: str, file=None) -> None:
     """Prints a line above the progress bars."""
-    tqdm.write(printable(text), file=file or sys.stdout)
+    # In one write, so that lines of several processes do not run into each other.
+    tqdm.write(f"{printable(text)}\n", file=file or sys.stdout, end="")
 
 
 def printable(text: str) -> str:
@@ -458,6 +487,8 @@ def attempt(step: Callable[..., str], job: Job, *args) -> None:
     """Does one step for one image, which sets its outcome; an error becomes one line and the outcome "failed"."""
     try:
         job.outcome = step(job, *args)
+    except ProcessError:
+        raise
     except Exception as error:  # whatever it is, the other images have to be done
         job.outcome, job.error = "failed", "out of memory" if is_out_of_memory(error) else first_line(error)
         say_error(f"{job.source}: {job.error}")
@@ -474,6 +505,10 @@ def check_job(job: Job, args: argparse.Namespace) -> str:
             f"{job.source}: skipped, {job.target} is already there, whatever settings made it"
             " (--overwrite makes it anew)"
         )
+        checkpoint = checkpoint_folder(job.target)
+        # Killed between the output and the deletion of its checkpoint.
+        if os.path.isdir(checkpoint) and checkpoint.stat().st_mtime <= job.target.stat().st_mtime:
+            shutil.rmtree(checkpoint, ignore_errors=True)
         return "skipped"
     size = target_size(upright_size(job.source), args.scale)
     check_writable(job.target, size)
@@ -486,19 +521,42 @@ def check_job(job: Job, args: argparse.Namespace) -> str:
     return "ready"
 
 
+def take_result(job: Job, result: dict | None) -> str:
+    """Takes over what another process reported about an image, `None` if it did not live to tell."""
+    if result is None:
+        raise RuntimeError(f"the process that worked on it is gone; {REMEDY}")
+    job.size, job.notes, job.error = result["size"], result["notes"], result["error"]
+    return result["outcome"]
+
+
+def checkpoint_folder(target: Path) -> Path:
+    return target.with_name(f".{target.name}.checkpoint")
+
+
 def upscale_file(job: Job, enlarger, args: argparse.Namespace) -> str:
     picture = read_picture(job.source)
     if args.use_flux and picture.image.mode == "F":
         picture.image = grey_integers(picture.image, 255)
         picture.notes.append("16 bits become 8 with FLUX")
     source, job.size = picture.image, target_size(picture.image.size, args.scale)
+    options = {"checkpoint_dir": checkpoint_folder(job.target)} if args.resume else {}
     strips = None
     # Matching the colours takes the whole picture.
     if can_be_written_in_strips(job.target, job.size) and args.color_fix is None:
-        strips = enlarger.strips(source, job.size)
+        strips = enlarger.strips(source, job.size, **options)
     else:
-        picture.image = enlarger.whole(source, job.size)
-    lost = write_picture(picture, job.target, software_text(args), strips, job.size)
+        picture.image = enlarger.whole(source, job.size, **options)
+    if not enlarger.writes:
+        exhaust(strips)
+        return "done"
+    try:
+        lost = write_picture(picture, job.target, software_text(args), strips, job.size)
+    except Exception:
+        if enlarger.process_group is not None:
+            exhaust(strips)  # the other processes need this one's tiles
+        raise
+    if args.resume:
+        shutil.rmtree(checkpoint_folder(job.target), ignore_errors=True)
     job.notes += picture.notes + lost
     for note in job.notes:
         say(f"{job.source}: {note}")
@@ -518,6 +576,9 @@ def software_text(args: argparse.Namespace) -> str:
 class BicubicEnlarger:
     """Enlarges images to a size (width, height) in pixels, as a whole or in strips from top to bottom."""
 
+    process_group = None
+    writes = True
+
     def whole(self, image: Image.Image, size: tuple[int, int]) -> Image.Image:
         return image.resize(size, Image.Resampling.BICUBIC)
 
@@ -526,57 +587,76 @@ class BicubicEnlarger:
 
 
 class FluxEnlarger:
-    """Enlarges images with a pipeline, by the options in `args`; forms as in [`BicubicEnlarger`]."""
+    """
+    Enlarges images with a pipeline, by the options in `args`; forms as in [`BicubicEnlarger`].
 
-    def __init__(self, pipe, args: argparse.Namespace):
+    With a `process_group`, whose processes make the same calls, they share the tiles of each image. Then all of them
+    have to take all strips, and only the first `writes`.
+    """
+
+    def __init__(self, pipe, args: argparse.Namespace, process_group=None):
+        from pipeline_flux_dino_tile import is_first_process
+
         self.pipe = pipe
         self.args = args
+        self.process_group = process_group
+        self.writes = is_first_process(process_group)
 
-    def whole(self, image: Image.Image, size: tuple[int, int]) -> Image.Image:
-        result = self.call(image, size, "pil")[0]
+    def whole(self, image: Image.Image, size: tuple[int, int], checkpoint_dir: Path | None = None) -> Image.Image:
+        result = self.call(image, size, "pil", checkpoint_dir)[0]
         alpha = BicubicEnlarger().whole(image.getchannel("A"), size) if has_alpha(image) else None
         return as_source(result, image, alpha)
 
-    def strips(self, image: Image.Image, size: tuple[int, int]) -> Iterator[Image.Image]:
+    def strips(
+        self, image: Image.Image, size: tuple[int, int], checkpoint_dir: Path | None = None
+    ) -> Iterator[Image.Image]:
         width, height = size
-        latents = self.call(image, size, "latent")
+        latents = self.call(image, size, "latent", checkpoint_dir)
         plan = self.pipe.plan_tiles(height, width, self.args.tile_size, self.args.tile_overlap)
         wide_alpha = None
         if has_alpha(image):
             wide_alpha = BicubicEnlarger().whole(image.getchannel("A"), (width, image.height))
         top = 0
-        for pixels in self.pipe.decode_pixels(latents, plan, height, width):
-            bottom = top + pixels.shape[1]
-            alpha = wide_alpha and resize_rows(wide_alpha, height, top, bottom)
-            yield as_source(Image.fromarray(pixels[0]), image, alpha)
-            top = bottom
+        with self.ending_all():
+            for pixels in self.pipe.decode_pixels(latents, plan, height, width, self.process_group):
+                bottom = top + pixels.shape[1]
+                alpha = wide_alpha and resize_rows(wide_alpha, height, top, bottom)
+                yield as_source(Image.fromarray(pixels[0]), image, alpha)
+                top = bottom
 
-    def call(self, image: Image.Image, size: tuple[int, int], output_type: str):
-        """The pipeline's result; after an out-of-memory on the GPU tried again with half as many tiles at once."""
+    def call(self, image: Image.Image, size: tuple[int, int], output_type: str, checkpoint_dir: Path | None):
+        """
+        The pipeline's result; after an out-of-memory on the GPU tried again with half as many tiles at once, unless
+        other processes share the image: they would have to do the same.
+        """
         import torch
 
         args = self.args
         while True:
             try:
-                return self.pipe(
-                    image=image.convert("RGB"),
-                    width=size[0],
-                    height=size[1],
-                    prompt=args.prompt,
-                    start_sigma=args.start_sigma,
-                    num_inference_steps=args.steps,
-                    guidance_scale=args.guidance,
-                    tile_size=args.tile_size,
-                    tile_overlap=args.tile_overlap,
-                    tile_batch_size=args.tile_batch_size,
-                    dino_conditioning_scale=args.dino_strength or 0.0,
-                    max_sequence_length=args.text_tokens,
-                    skip_flat_tiles=args.skip_flat_tiles or False,
-                    color_fix=args.color_fix,
-                    # On the CPU, so that a seed means the same noise on every machine.
-                    generator=torch.Generator("cpu").manual_seed(args.seed),
-                    output_type=output_type,
-                ).images
+                with self.ending_all():
+                    return self.pipe(
+                        image=image.convert("RGB"),
+                        width=size[0],
+                        height=size[1],
+                        prompt=args.prompt,
+                        start_sigma=args.start_sigma,
+                        num_inference_steps=args.steps,
+                        guidance_scale=args.guidance,
+                        tile_size=args.tile_size,
+                        tile_overlap=args.tile_overlap,
+                        tile_batch_size=args.tile_batch_size,
+                        dino_conditioning_scale=args.dino_strength or 0.0,
+                        max_sequence_length=args.text_tokens,
+                        skip_flat_tiles=args.skip_flat_tiles or False,
+                        color_fix=args.color_fix,
+                        # On the CPU, so that a seed means the same noise on every machine.
+                        generator=torch.Generator("cpu").manual_seed(args.seed),
+                        output_type=output_type,
+                        checkpoint_dir=checkpoint_dir,
+                        checkpoint_steps=args.checkpoint_steps,
+                        process_group=self.process_group,
+                    ).images
             except torch.OutOfMemoryError as error:
                 if args.tile_batch_size == 1:
                     raise RuntimeError(
@@ -587,6 +667,26 @@ class FluxEnlarger:
             say(f"out of GPU memory: trying again with --tile-batch-size {args.tile_batch_size}")
             self.pipe.maybe_free_model_hooks()
             torch.cuda.empty_cache()
+
+    @contextmanager
+    def ending_all(self) -> Iterator[None]:
+        """Makes an error end the run if other processes share the image and wait for this one."""
+        try:
+            yield
+        except COMMON_ERRORS:
+            raise
+        except Exception as error:
+            if self.process_group is None:
+                raise
+            raise ProcessError(
+                f"a process that shares the tiles failed or is gone ({first_line(error)}); {REMEDY}"
+            ) from error
+
+
+def exhaust(strips: Iterator[Image.Image] | None) -> None:
+    """Takes the strips that are left, if there are any, and drops them."""
+    for _ in strips or ():
+        pass
 
 
 def has_alpha(image: Image.Image) -> bool:
@@ -609,6 +709,8 @@ def load_flux(args: argparse.Namespace):
     from pipeline_flux_dino_tile import FluxDinoTilePipeline
 
     args.device = args.device or default_device(torch)
+    if args.device == "cuda" and "LOCAL_RANK" in os.environ:
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     check_device(torch, args.device)
     on_cpu = torch.device(args.device).type == "cpu"
     if on_cpu and args.offload != "none":
@@ -632,6 +734,9 @@ def load_flux(args: argparse.Namespace):
         say("no DINO projector: the tiles are not told what they show (--projector gives one)")
     elif args.dino_strength is None:
         args.dino_strength = 1.0
+    if args.dtype == "float16" and pipe.vae.config.get("force_upcast"):
+        # The VAE's own word that it overflows in float16.
+        pipe.vae.to(torch.float32)
     args.steps, args.guidance, args.start_sigma = pipe.get_default_settings(
         None, None, args.start_sigma, args.steps, args.guidance
     )
@@ -799,19 +904,45 @@ def print_plans(jobs: list[Job], args: argparse.Namespace) -> None:
     for job in jobs:
         attempt(plan_file, job, args, architecture, totals)
     if len(jobs) > 1:
-        planned = sum(job.outcome == "planned" for job in jobs)
+        planned = count_outcomes(jobs)["planned"]
         say(f"{planned} images: {totals['tiles']} tiles, {totals['tflop']:.4g} TFLOP per step")
 
 
 def upscale(jobs: list[Job], args: argparse.Namespace) -> None:
-    for job in jobs:
-        attempt(check_job, job, args)
+    """Enlarges what can be; of several processes, the first one's `jobs` get to know what became of all."""
+
+    def tell_end(reason: str) -> None:
+        say_error(reason)
+        if processes.is_first:
+            write_summary(jobs, args.summary)
+
+    processes = Processes(args.worker_timeout, tell_end)
+    if processes.is_first:
+        for job in jobs:
+            attempt(check_job, job, args)
     ready = [job for job in jobs if job.outcome == "ready"]
-    enlarger = FluxEnlarger(load_flux(args), args) if args.use_flux and ready else BicubicEnlarger()
+    names = processes.from_first([[str(job.source), str(job.target)] for job in ready])
+    if not processes.is_first:
+        ready = [Job(Path(source), Path(target)) for source, target in names]
+
+    # With fewer images than processes, all work on the tiles of one image.
+    shares_tiles = args.use_flux and 0 < len(ready) < processes.count
+    enlarger: BicubicEnlarger | FluxEnlarger = BicubicEnlarger()
+    if args.use_flux and ready:
+        pipe = load_flux(args)
+        if not processes.is_first:
+            pipe.set_progress_bar_config(disable=True)
+        enlarger = FluxEnlarger(pipe, args, processes.join_group() if shares_tiles else None)
     # `None` shows the bar on terminals only.
-    for job in tqdm(ready, unit="image", disable=None if len(ready) > 1 else True):
-        attempt(upscale_file, job, enlarger, args)
-    if len(jobs) > 1:
+    is_hidden = None if len(ready) > 1 and processes.is_first else True
+    share = range(len(ready)) if shares_tiles else processes.take(len(ready))
+    for index in tqdm(share, total=len(ready), unit="image", disable=is_hidden):
+        attempt(upscale_file, ready[index], enlarger, args)
+        processes.report(index, ready[index].result())
+    others = [index for index, job in enumerate(ready) if job.outcome == "ready"]
+    for index, result in processes.collect(others).items():
+        attempt(take_result, ready[index], result)
+    if len(jobs) > 1 and processes.is_first:
         outcomes = count_outcomes(jobs)
         say(", ".join(f"{outcomes[outcome]} {outcome}" for outcome in ("done", "skipped", "failed")))
 
@@ -831,6 +962,11 @@ def summarizing(jobs: list[Job], path: str | None) -> Iterator[None]:
     try:
         yield
     finally:
+        write_summary(jobs, path)
+
+
+def write_summary(jobs: list[Job], path: str | None) -> None:
+    if path is not None:
         summary = {"outcomes": count_outcomes(jobs), "images": [job.as_json() for job in jobs]}
         with usage_errors("--summary"):
             write_text(Path(path), json.dumps(summary, indent=2) + "\n")
@@ -848,16 +984,24 @@ def usage_errors(option: str) -> Iterator[None]:
 def main(argv: list[str] | None = None) -> int:
     # transformers reads it when it is imported, and says then that torchvision, which nothing here needs, is missing.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Likewise torch, which shows where in its code it was when another process went away.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    is_first = int(os.environ.get("RANK", 0)) == 0
     max_input_pixels = Image.MAX_IMAGE_PIXELS
     try:
         args = parse_arguments(sys.argv[1:] if argv is None else argv)
         jobs = find_jobs(args)
+        if args.plan and not is_first:
+            return 0
         Image.MAX_IMAGE_PIXELS = None if args.allow_large_input else max_input_pixels
-        with summarizing(jobs, args.summary):
+        with summarizing(jobs, args.summary if is_first else None):
             print_plans(jobs, args) if args.plan else upscale(jobs, args)
     except UsageError as error:
         say_error(str(error))
         return 2
+    except ProcessError as error:
+        say_error(str(error))
+        return 1
     except KeyboardInterrupt:
         say_error("interrupted")
         return 130

@@ -25,18 +25,27 @@ from PIL import Image
 from safetensors.torch import load_file
 from training_runs import save_photos
 
+from dino_projector import metrics
 from dino_projector.data import sample_rng
-from dino_projector.demo_training import metrics, stages, vae
+from dino_projector.demo_training import stages, vae
 from dino_projector.demo_training.assemble import CHECKPOINT_FOLDER, assemble, check_sizes
 from dino_projector.demo_training.captions import Language, describe_squares, place_codes
-from dino_projector.demo_training.crops import center_crop, cut_crop, draw_crops, load_photos, make_pyramid
-from dino_projector.demo_training.dino import DinoStage, balance, degrade_crops, linear_r2
+from dino_projector.demo_training.crops import (
+    center_crop,
+    cut_crop,
+    degrade_crops,
+    draw_crops,
+    load_photos,
+    make_pyramid,
+)
+from dino_projector.demo_training.dino import DinoStage, balance, linear_r2
 from dino_projector.demo_training.evaluate import evaluate, format_table
-from dino_projector.demo_training.flux import FluxStage
+from dino_projector.demo_training.flux import FluxStage, draw_sigmas, lead_from_degraded
 from dino_projector.demo_training.sizes import SIZES, count_weights, make_dino, make_transformer, make_vae
 from dino_projector.demo_training.stages import load_shards, run_stage, save_shards, update_average
 from dino_projector.demo_training.vae import VaeStage
-from pipeline_flux_dino_tile import DinoProjector, FluxDinoTilePipeline
+from dino_projector.steps import StepInputs
+from pipeline_flux_dino_tile import DinoProjector, FluxDinoTilePipeline, seam_ratio
 
 
 CPU = torch.device("cpu")
@@ -186,6 +195,28 @@ def test_a_crop_of_a_pyramid_is_that_of_the_photo():
         assert (from_pyramid.diff(dim=3).mean() - from_photo.diff(dim=3).mean()).abs() < 0.004
 
 
+def test_the_path_of_a_restored_crop_leads_from_the_degraded_latents_to_the_sharp():
+    sharp, degraded, noise = torch.randn(3, 2, 4, 6, 6, generator=torch.Generator().manual_seed(0))
+    start = torch.tensor([0.4])
+    for sigma in (0.4, 0.1):
+        inputs = StepInputs(sharp, noise, torch.tensor([sigma, 0.9]), torch.empty(0), None, None)
+        led = lead_from_degraded(inputs, degraded[:1], start)
+        noisy, velocity = (1 - sigma) * led.latents + sigma * led.noise, led.noise - led.latents
+        if sigma == 0.4:
+            torch.testing.assert_close(noisy[0], 0.6 * degraded[0] + 0.4 * noise[0])
+        torch.testing.assert_close((noisy - sigma * velocity)[0], sharp[0])
+        mixed = sharp[0] + sigma / 0.4 * (degraded[0] - sharp[0])
+        torch.testing.assert_close(noisy[0], (1 - sigma) * mixed + sigma * noise[0])
+        assert torch.equal(led.noise[1], noise[1])
+
+
+def test_restored_crops_lie_below_their_start():
+    sigmas, starts = draw_sigmas(200, 100, sample_rng(0, 0))
+    assert (sigmas[:100] <= starts).all() and sigmas.min() >= 0.02
+    assert starts.min() >= 0.05 and starts.max() <= 0.6
+    assert sigmas[100:].max() > 0.9
+
+
 def test_photos_that_are_too_small_are_said(loaded, tmp_path):
     with pytest.raises(ValueError, match="no photo has 512 px on both sides"):
         draw_crops([[photo] for photo in loaded[0]], 1, 512, sample_rng(0, 0))
@@ -304,7 +335,7 @@ def test_the_evaluation_fills_its_table(photos, work):
     def judge(images, originals):
         return (images - originals).abs().mean((1, 2, 3))
 
-    numbers, sheet = evaluate(work / CHECKPOINT_FOLDER, photos / "held_out", 32, 96, 0, CPU, judge)
+    numbers, sheet = evaluate(work / CHECKPOINT_FOLDER, photos / "held_out", 32, 96, 0.3, 0, CPU, judge)
     assert sheet.size == (5 * 128, 2 * 128)
     table = format_table(numbers)
     for name in ("vae psnr", "loss gap other tokens percent", "distance without minus with dino", "seam ratio"):
@@ -346,13 +377,13 @@ def test_gradient_energy_and_psnr_of_known_pictures():
 
 def test_the_seam_ratio_of_a_ramp_is_one_and_of_a_step_its_height():
     ramp = torch.arange(64.0).expand(3, 64, 64)
-    assert metrics.seam_ratio(ramp, [], [32]) == pytest.approx(1)
+    assert seam_ratio(ramp, [], [32]) == pytest.approx(1)
     step = ramp + 2 * (torch.arange(64) >= 32)
-    assert metrics.seam_ratio(step, [], [32]) == pytest.approx(3)
-    assert metrics.seam_ratio(step.transpose(1, 2), [32], []) == pytest.approx(3)
+    assert seam_ratio(step, [], [32]) == pytest.approx(3)
+    assert seam_ratio(step.transpose(1, 2), [32], []) == pytest.approx(3)
     # A grid of the VAE is no seam.
     blocks = ramp + torch.arange(64) // 8
-    assert metrics.seam_ratio(blocks, [], [32]) == pytest.approx(1)
+    assert seam_ratio(blocks, [], [32]) == pytest.approx(1)
 
 
 def test_the_grid_ratio():

@@ -217,7 +217,7 @@ def tiny_model(tmp_path_factory):
 
 def flux(tiny_model, *arguments):
     options = ["--use-flux", "--model", tiny_model, "--device", "cpu", "--steps", "1", "--scale", "2"]
-    return run(*arguments, *options, "--tile-size", "32", "--tile-overlap", "16")
+    return run(*options, "--tile-size", "32", "--tile-overlap", "16", *arguments)
 
 
 def fail_on_batches_above(monkeypatch, limit):
@@ -255,6 +255,25 @@ def test_out_of_gpu_memory_is_tried_again_with_fewer_tiles(tmp_path, tiny_model,
     for name in ("a.png", "b.png"):
         images = [np.asarray(Image.open(tmp_path / folder / name)).astype(int) for folder in ("out", "expected")]
         assert np.abs(images[0] - images[1]).max() <= 1
+
+
+def test_out_of_gpu_memory_goes_on_from_the_checkpoint(tmp_path, tiny_model, monkeypatch, capsys):
+    import torch
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    photo(size=(40, 40)).save(tmp_path / "a.png")
+    step, steps = FlowMatchEulerDiscreteScheduler.step, []
+
+    def step_or_fail(self, *args, **kwargs):
+        steps.append(self.step_index)
+        if len(steps) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(FlowMatchEulerDiscreteScheduler, "step", step_or_fail)
+    assert flux(tiny_model, tmp_path / "a.png", "--tile-batch-size", "4", "--resume", "--steps", "3") == 0
+    assert "trying again with --tile-batch-size 2" in capsys.readouterr().out
+    assert len(steps) == 4, "steps before the checkpoint were repeated"
 
 
 def test_out_of_gpu_memory_with_one_tile_says_what_helps(tmp_path, tiny_model, monkeypatch, capsys):

@@ -191,8 +191,9 @@ GOOD_OPTIONS = [
     *[("--start-sigma", "0.4"), ("--guidance", "2"), ("--seed", "7"), ("--prompt", "a dog"), ("--color-fix", "adain")],
     *[("--text-tokens", "64"), ("--skip-flat-tiles", "0.5"), ("--tile-batch-size", "3"), ("--dtype", "float32")],
     *[("--summary", "summary.json"), ("--allow-large-input",), ("--offload", "none"), ("--output", "new.png")],
+    *[("--resume",), ("--checkpoint-steps", "2"), ("--worker-timeout", "30")],
 ]
-FLAGS = ("--plan", "--use-flux", "--overwrite", "--allow-large-input")
+FLAGS = ("--plan", "--use-flux", "--overwrite", "--allow-large-input", "--resume")
 OPTIONS = sorted(
     option
     for action in upscale.build_parser()._actions

@@ -323,7 +323,7 @@ def test_encode_dino_plans_the_tiles_of_the_call(pipe, monkeypatch, max_sequence
     """However long the text is, which the planner may weigh."""
     plans = []
 
-    def encode_dino_tiles(image, plan):
+    def encode_dino_tiles(image, plan, process_group=None):
         plans.append(plan)
         raise InterruptedError
 

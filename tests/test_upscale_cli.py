@@ -351,6 +351,7 @@ def test_flux_options_need_use_flux(folder, capsys, option):
         "skip_flat_tiles": ["0.02"],
         "quantize": ["nf4"],
         "compile": [],
+        "resume": [],
     }
     flag = f"--{option.replace('_', '-')}"
     command = [folder / "photo.png", flag, *values.get(option, ["16"])]
@@ -759,3 +760,68 @@ def test_nothing_is_loaded_when_nothing_is_left_to_do(folder, tiny_model, capsys
     (folder / "half.png").write_bytes((folder / "photo.png").read_bytes()[:300])
     assert flux(tiny_model, folder / "half.png") == 1
     assert f"{folder / 'half.png'}: cannot be read" in last_error(capsys)
+
+
+# --resume
+
+
+def flux_command(folder, tiny_model, *more):
+    arguments = [folder / "photo.png", folder / "out.png", "--scale", "2", "--use-flux", "--model", tiny_model]
+    return [*arguments, "--steps", "3", "--tile-size", "32", "--tile-overlap", "16", "--device", "cpu", *more]
+
+
+@pytest.fixture
+def interrupted(folder, tiny_model, monkeypatch):
+    """A folder in which Ctrl-C came in the last step."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    with monkeypatch.context() as patch:
+        step = FlowMatchEulerDiscreteScheduler.step
+
+        def interrupt(self, *arguments, **kwargs):
+            if self.step_index == 2:
+                raise KeyboardInterrupt
+            return step(self, *arguments, **kwargs)
+
+        patch.setattr(FlowMatchEulerDiscreteScheduler, "step", interrupt)
+        assert run(*flux_command(folder, tiny_model, "--resume")) == 130
+    assert (folder / ".out.png.checkpoint").is_dir()
+    return folder
+
+
+def test_resume_goes_on_with_the_image(interrupted, tiny_model, monkeypatch):
+    from diffusers import FluxTransformer2DModel
+
+    calls, forward = [], FluxTransformer2DModel.forward
+    monkeypatch.setattr(
+        FluxTransformer2DModel,
+        "forward",
+        lambda *arguments, **kwargs: calls.append(1) or forward(*arguments, **kwargs),
+    )
+    assert run(*flux_command(interrupted, tiny_model, "--resume")) == 0
+    result, resumed_calls = (interrupted / "out.png").read_bytes(), len(calls)
+    assert sorted(path.name for path in interrupted.iterdir()) == ["out.png", "photo.png"]
+    calls.clear()
+    assert run(*flux_command(interrupted, tiny_model, "--overwrite")) == 0
+    assert (interrupted / "out.png").read_bytes() == result
+    assert len(calls) == 3 * resumed_calls > 0
+    assert "checkpoint" not in json.dumps(settings_of(interrupted / "out.png"))
+
+
+def test_resume_with_other_settings_fails_and_names_them(interrupted, tiny_model, capsys):
+    assert run(*flux_command(interrupted, tiny_model, "--resume", "--seed", "1", "--prompt", "a dog")) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "prompt is 'a dog', in the checkpoint None" in error
+    assert "generator is 'seed 1, " in error and "or delete the folder" in error
+    assert (interrupted / ".out.png.checkpoint").is_dir() and not (interrupted / "out.png").exists()
+
+
+@pytest.mark.parametrize("is_of_the_output", [True, False])
+def test_a_checkpoint_left_beside_its_finished_output_is_deleted(interrupted, tiny_model, is_of_the_output):
+    """One that is newer than the output belongs to a run with `--overwrite`."""
+    photo().save(interrupted / "out.png")
+    checkpoint = interrupted / ".out.png.checkpoint"
+    moment = checkpoint.stat().st_mtime + (1 if is_of_the_output else -1)
+    os.utime(interrupted / "out.png", (moment, moment))
+    assert run(*flux_command(interrupted, tiny_model, "--resume")) == 0
+    assert checkpoint.exists() != is_of_the_output

@@ -26,6 +26,8 @@ from ..data import Record, find_pictures, read_picture, to_bytes
 
 GAMMA_SPREAD = 0.3  # of the logarithm
 GAIN_SPREAD = 0.06
+FACTORS = (2.0, 8.0)  # how much smaller a degraded picture was
+NOISE_STD = 0.05  # at most, of a value in [-1, 1]
 
 
 def load_photos(folder: Path, device: torch.device) -> list[torch.Tensor]:
@@ -98,3 +100,19 @@ def center_crop(photo: torch.Tensor, side: int) -> torch.Tensor:
     top, left = (height - square) // 2, (width - square) // 2
     crop = photo[None, :, top : top + square, left : left + square].float() / 127.5 - 1
     return F.interpolate(crop, (side, side), mode="bicubic", antialias=True).clamp(-1, 1)
+
+
+def device_generator(rng: np.random.Generator, device: torch.device) -> torch.Generator:
+    """For noise that is drawn where it is needed; the CPU would take longer to draw it than the GPU for the step."""
+    return torch.Generator(device).manual_seed(int(rng.integers(2**63)))
+
+
+def degrade_crops(images: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """Shrinks `(batch, 3, side, side)` crops, adds noise, and enlarges them again, on the device."""
+    side = images.shape[-1]
+    small_side = max(1, round(side / np.exp(rng.uniform(*np.log(FACTORS)))))
+    small = F.interpolate(images, (small_side, small_side), mode="bicubic", antialias=True)
+    generator = device_generator(rng, images.device)
+    noise = torch.randn(small.shape, generator=generator, device=images.device)
+    small = small + rng.uniform(0, NOISE_STD) * noise
+    return F.interpolate(small, (side, side), mode="bicubic").clamp(-1, 1)

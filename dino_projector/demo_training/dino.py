@@ -37,9 +37,9 @@ from pipeline_flux_dino_tile import feature_spread
 
 from ..data import sample_rng
 from .captions import NUM_LOOKS, describe_squares
-from .crops import center_crop, draw_crops
+from .crops import center_crop, degrade_crops, draw_crops
 from .sizes import PATCH_SIZE, PIXELS_PER_TOKEN, make_dino
-from .stages import Stage, device_generator, update_average
+from .stages import Stage, update_average
 
 
 PROTOTYPES_PER_DIM = 4  # prototypes for a feature
@@ -48,8 +48,6 @@ TEACHER_TEMPERATURE = 0.06
 STUDENT_TEMPERATURE = 0.1
 MASKED_SHARE = 0.4
 SINKHORN_ROUNDS = 3
-FACTORS = (2.0, 8.0)  # how much smaller the student's picture was
-NOISE_STD = 0.05  # at most, of a value in [-1, 1]
 LOOK_WEIGHT = 10.0
 PROBE_CROPS = 64
 PROBE_RIDGE = 1e-3
@@ -107,17 +105,6 @@ def balance(logits: torch.Tensor) -> torch.Tensor:
         choices = choices / choices.sum(0, keepdim=True).clamp_min(1e-12)
         choices = choices / choices.sum(1, keepdim=True).clamp_min(1e-12)
     return choices
-
-
-def degrade_crops(images: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """Shrinks `(batch, 3, side, side)` crops, adds noise, and enlarges them again, on the device."""
-    side = images.shape[-1]
-    small_side = max(1, round(side / np.exp(rng.uniform(*np.log(FACTORS)))))
-    small = F.interpolate(images, (small_side, small_side), mode="bicubic", antialias=True)
-    generator = device_generator(rng, images.device)
-    noise = torch.randn(small.shape, generator=generator, device=images.device)
-    small = small + rng.uniform(0, NOISE_STD) * noise
-    return F.interpolate(small, (side, side), mode="bicubic").clamp(-1, 1)
 
 
 def to_dino_pixels(images: torch.Tensor) -> torch.Tensor:

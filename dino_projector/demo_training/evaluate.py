@@ -24,12 +24,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from pipeline_flux_dino_tile import FluxDinoTilePipeline
+from pipeline_flux_dino_tile import FluxDinoTilePipeline, seam_ratio
 
 from ..data import ImageFolder, Sampling, first_pairs, to_bytes
+from ..metrics import Interval, bootstrap_mean, gradient_energy, grid_ratio, is_monotone, psnr
 from ..validation import CONDITIONS, bin_centers, example_losses, make_examples
 from .crops import center_crop, load_photos
-from .metrics import Interval, bootstrap_mean, gradient_energy, grid_ratio, is_monotone, psnr, seam_ratio
 from .projector import SIGMA_MAX, SIGMA_MIN
 
 
@@ -67,10 +67,20 @@ class Upscaled:
         other (`torch.Tensor`): Another photo, whose tokens are tried too.
         side (`int`): Of the enlargement, in pixels.
         tile_size (`int`, *optional*): In pixels; the planner's choice by default.
+        start_sigma (`float`, *optional*): The pipeline's default if not given.
         seed (`int`): Of the noise.
     """
 
-    def __init__(self, pipe, photo: torch.Tensor, other: torch.Tensor, side: int, tile_size: int | None, seed: int):
+    def __init__(
+        self,
+        pipe,
+        photo: torch.Tensor,
+        other: torch.Tensor,
+        side: int,
+        tile_size: int | None,
+        start_sigma: float | None,
+        seed: int,
+    ):
         self.original = center_crop(photo, side)
         self.small, other_small = (
             to_picture(center_crop(item, side)).resize((side // FACTOR,) * 2, Image.Resampling.BICUBIC)
@@ -82,8 +92,8 @@ class Upscaled:
 
         def upscale(features: torch.Tensor, strength: float) -> torch.Tensor:
             generator = torch.Generator().manual_seed(seed)
-            call = {"dino_embeds": features, "dino_conditioning_scale": strength, "generator": generator, **size}
-            return to_pixels(pipe(image=self.small, **call).images[0])
+            call = {"dino_embeds": features, "dino_conditioning_scale": strength, "start_sigma": start_sigma}
+            return to_pixels(pipe(image=self.small, generator=generator, **call, **size).images[0])
 
         self.by_strength = [upscale(features, strength) for strength in STRENGTHS]
         self.without, self.with_dino = self.by_strength[0], self.by_strength[-1]
@@ -106,14 +116,6 @@ def velocity_losses(pipe: FluxDinoTilePipeline, held_out: Path, resolution: int,
         examples = make_examples(pipe, plan, pairs, seed + crop)
         losses.append(example_losses(pipe, plan, examples, branch, None, sigmas))
     return {name: np.mean([entry[name] for entry in losses], axis=0) for name in CONDITIONS}
-
-
-def tile_borders(pipe: FluxDinoTilePipeline, side: int, tile_size: int | None) -> tuple[list[int], list[int]]:
-    """The first pixel rows and columns beyond the tiles' borders inside the picture."""
-    plan = pipe.plan_tiles(side, side, tile_size)
-    rows = {*plan.tops[1:], *(top + plan.tile_height for top in plan.tops[:-1])}
-    columns = {*plan.lefts[1:], *(left + plan.tile_width for left in plan.lefts[:-1])}
-    return sorted(rows), sorted(columns)
 
 
 def measure_pictures(results: Sequence[Upscaled], judge: Callable, borders) -> dict[str, Any]:
@@ -208,6 +210,7 @@ def evaluate(
     held_out: Path,
     resolution: int,
     tile_size: int | None,
+    start_sigma: float | None,
     seed: int,
     device: torch.device,
     judge: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
@@ -225,9 +228,10 @@ def evaluate(
     numbers = measure_losses(velocity_losses(pipe, held_out, resolution, seed))
     side, photos = FACTOR * resolution, load_photos(held_out, torch.device("cpu"))
     others = [*photos[1:], photos[0]]
-    results = [Upscaled(pipe, photo, other, side, tile_size, seed) for photo, other in zip(photos, others)]
+    settings = (side, tile_size, start_sigma, seed)
+    results = [Upscaled(pipe, photo, other, *settings) for photo, other in zip(photos, others)]
     numbers |= measure_vae(pipe, results)
-    numbers |= measure_pictures(results, judge, tile_borders(pipe, side, tile_size))
+    numbers |= measure_pictures(results, judge, pipe.plan_tiles(side, side, tile_size).borders)
     numbers["seconds_on_cpu"] = time_call(checkpoint, side, tile_size)
     numbers["cpu_threads"] = torch.get_num_threads()
     return numbers, make_sheet(results)

@@ -20,6 +20,10 @@ contrast, edges at three scales and four directions, a 2 x 2 thumbnail) and wher
 They tell what noisy latents do not, so that the transformer learns to listen. What a projector has to learn afterwards
 is to say the like from DINO's view of the degraded crop; it is never shown a caption.
 
+Half of a step's crops are learned as flow matching says, from noise to the sharp latents. The other half is restored:
+their paths start at the noisy latents of the degraded crop, as an enlargement does. A prior as small as this one would
+take a blurred picture with a little noise for a blurred photograph.
+
 A step's captions lie at position zero, as FLUX.1's text does, or at the places that they describe, so that both
 position modes of a projector can be compared on one transformer.
 """
@@ -36,15 +40,17 @@ from pipeline_flux_dino_tile import DinoProjector, DinoTokens, FluxDinoTilePipel
 from ..data import sample_rng
 from ..steps import StepInputs, denoising_losses
 from .captions import Language
-from .crops import center_crop, draw_crops
+from .crops import center_crop, degrade_crops, device_generator, draw_crops
 from .sizes import PIXELS_PER_TOKEN, Sizes, make_transformer
-from .stages import MAX_SHARD_SIZE, Stage, device_generator, find_trained, update_average
+from .stages import MAX_SHARD_SIZE, Stage, copy_weights, find_trained, update_average
 
 
 CAPTION_DROP = 0.15  # share of the steps
 POSITION_MODES = ("zero", "tile")
 MIN_SIGMA = 0.02
 SIGMA_POWER = 1.5  # of an even draw: half of the samples lie below 0.35, where an enlargement starts
+RESTORED_SHARE = 0.5  # of the crops of a step
+START_SIGMAS = (0.05, 0.6)
 MEASURE_SIGMAS = (0.2, 0.35, 0.5, 0.8)
 
 
@@ -52,6 +58,33 @@ def make_pipeline(vae, transformer) -> FluxDinoTilePipeline:
     """Without text encoders; calls need `prompt_embeds`, or the embeddings that come with a projector."""
     without = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
     return FluxDinoTilePipeline(FlowMatchEulerDiscreteScheduler(shift=1.0), vae, transformer=transformer, **without)
+
+
+def draw_sigmas(count: int, num_restored: int, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noise levels of `count` crops, the first of which are restored, and the levels at which these start."""
+    starts = rng.uniform(*START_SIGMAS, num_restored)
+    sigmas = MIN_SIGMA + (1 - MIN_SIGMA) * rng.random(count) ** SIGMA_POWER
+    sigmas[:num_restored] = MIN_SIGMA + (starts - MIN_SIGMA) * rng.random(num_restored)
+    return torch.from_numpy(sigmas).float(), torch.from_numpy(starts).float()
+
+
+def lead_from_degraded(inputs: StepInputs, degraded: torch.Tensor, starts: torch.Tensor) -> StepInputs:
+    """
+    Has the first crops' paths start at the noisy latents of their degraded pictures.
+
+    An enlargement starts there, at `(1 - start) * degraded + start * noise`, and follows the velocity straight to the
+    sharp latents. At a level `sigma` below, a part `sigma / start` of the difference between the two is left, which
+    is what flow matching with the noise `noise + (1 - sigma) / start * (degraded - sharp)` says.
+
+    Args:
+        inputs ([`StepInputs`]): Of sharp latents.
+        degraded (`torch.Tensor` of shape `(restored, channels, rows, columns)`): Latents of the first crops.
+        starts (`torch.Tensor` of shape `(restored,)`): Noise levels, not below those of `inputs`.
+    """
+    sharp, sigmas = inputs.latents[: len(starts)], inputs.sigmas[: len(starts)]
+    noise = inputs.noise.clone()
+    noise[: len(starts)] += ((1 - sigmas) / starts).view(-1, 1, 1, 1) * (degraded - sharp)
+    return inputs._replace(noise=noise)
 
 
 class FluxStage(Stage):
@@ -66,6 +99,8 @@ class FluxStage(Stage):
         # FLUX.1's own precision. The optimizer moves the weights in float32, of which this is a copy in every step.
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.working = deepcopy(self.transformer).to(self.dtype)
+        if device.type == "cuda":
+            self.working.compile_repeated_blocks(dynamic=True)
         self.language = Language(sizes.text_dim, device)
         self.pipe = make_pipeline(vae.eval().requires_grad_(False), self.working)
         self.pipe._joint_attention_kwargs = {}
@@ -78,23 +113,30 @@ class FluxStage(Stage):
         side = int(rng.choice(self.sizes.flux_crops))
         count = max(1, self.sizes.batch * self.sizes.crop**2 // side**2)
         images = draw_crops(self.photos, count, side, rng)
-        sigmas = torch.from_numpy(MIN_SIGMA + (1 - MIN_SIGMA) * rng.random(count) ** SIGMA_POWER).float()
+        num_restored = round(RESTORED_SHARE * count)
+        degraded = degrade_crops(images[:num_restored], rng)
+        sigmas, starts = draw_sigmas(count, num_restored, rng)
         grid = self.sizes.token_grid // int(rng.choice((1, 2)))
         mode = str(rng.choice(POSITION_MODES))
         caption = None if rng.random() < CAPTION_DROP else self.caption(images, grid, mode)
-        self.working.load_state_dict(self.transformer.state_dict())
-        inputs = self.step_inputs(images, sigmas, device_generator(rng, self.device), self.dtype)
+        copy_weights(self.transformer, self.working)
+        generator = device_generator(rng, self.device)
+        inputs = self.step_inputs(images, sigmas, generator, self.dtype)
+        inputs = lead_from_degraded(inputs, self.encode(degraded, generator), starts.to(self.device))
         loss = denoising_losses(self.pipe, inputs, caption).mean()
         self.update("transformer", loss, self.working)
         update_average(self.average, self.transformer, self.step)
         return {"loss": loss.detach()}
 
+    @torch.no_grad()
+    def encode(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        side = images.shape[-1]
+        return self.pipe.encode_tiles(images, self.pipe.plan_tiles(side, side, side), generator)
+
     def step_inputs(
         self, images: torch.Tensor, sigmas: torch.Tensor, generator: torch.Generator, dtype: torch.dtype
     ) -> StepInputs:
-        side = images.shape[-1]
-        with torch.no_grad():
-            latents = self.pipe.encode_tiles(images, self.pipe.plan_tiles(side, side, side), generator)
+        latents = self.encode(images, generator)
         noise = torch.randn(latents.shape, generator=generator, device=self.device)
         no_features = torch.empty(0)
         branch = self.language.empty_branch(dtype)

@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -179,9 +178,11 @@ def find_trained(work: Path, stage: str) -> Path:
     return folder
 
 
-def device_generator(rng: np.random.Generator, device: torch.device) -> torch.Generator:
-    """For noise that is drawn where it is needed; the CPU would take longer to draw it than the GPU for the step."""
-    return torch.Generator(device).manual_seed(int(rng.integers(2**63)))
+@torch.no_grad()
+def copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> None:
+    """Into a module of the same kind, whose precision may be another."""
+    for kept, new in zip(target.parameters(), source.parameters()):
+        kept.copy_(new)
 
 
 @torch.no_grad()

@@ -24,13 +24,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.nn.utils.parametrizations import spectral_norm
 
 from ..data import sample_rng
-from .crops import center_crop, draw_crops
-from .metrics import edges, gradient_energy, psnr
+from ..metrics import edges, gradient_energy, psnr
+from .crops import center_crop, device_generator, draw_crops
 from .sizes import make_vae
-from .stages import MAX_SHARD_SIZE, Stage, device_generator, update_average
+from .stages import MAX_SHARD_SIZE, Stage, update_average
 
 
 KL_WEIGHT = 1e-4  # of the divergence for a colour value
@@ -60,10 +59,11 @@ def reconstruction_loss(decoded: torch.Tensor, images: torch.Tensor) -> torch.Te
 
 def make_adversary(width: int) -> torch.nn.Sequential:
     """Scores `(batch, 1, rows, columns)` of overlapping patches of 22 px: high for photographs."""
-    layers: list[torch.nn.Module] = []
-    for inputs, outputs, stride in ((3, width, 2), (width, 2 * width, 2), (2 * width, 2 * width, 1)):
-        layers += [spectral_norm(torch.nn.Conv2d(inputs, outputs, 4, stride, 1)), torch.nn.LeakyReLU(0.2)]
-    return torch.nn.Sequential(*layers, spectral_norm(torch.nn.Conv2d(2 * width, 1, 1)))
+    layers: list[torch.nn.Module] = [torch.nn.Conv2d(3, width, 4, 2, 1), torch.nn.LeakyReLU(0.2)]
+    for inputs, outputs, stride in ((width, 2 * width, 2), (2 * width, 4 * width, 1)):
+        layers += [torch.nn.Conv2d(inputs, outputs, 4, stride, 1), torch.nn.GroupNorm(8, outputs)]
+        layers += [torch.nn.LeakyReLU(0.2)]
+    return torch.nn.Sequential(*layers, torch.nn.Conv2d(4 * width, 1, 1))
 
 
 class VaeStage(Stage):
@@ -74,6 +74,10 @@ class VaeStage(Stage):
         super().__init__(*arguments)
         self.vae = make_vae(self.sizes).to(self.device)
         self.average = deepcopy(self.vae).eval().requires_grad_(False)
+        if self.device.type == "cuda":
+            # Norms and activations at full size take most of a step, unless they are fused.
+            self.vae.encoder.compile()
+            self.vae.decoder.compile()
         self.adversary = make_adversary(2 * self.sizes.vae_widths[0]).to(self.device)
         self.modules = {"vae": self.vae, "average": self.average, "adversary": self.adversary}
         self.copies = [self.vae, self.average]
@@ -84,8 +88,8 @@ class VaeStage(Stage):
 
     def train_step(self) -> dict[str, torch.Tensor]:
         rng = sample_rng(self.seed, self.step)
-        # Half the side: convolutions need no more context.
-        images = draw_crops(self.photos, self.sizes.batch, self.sizes.crop // 2, rng)
+        # Half the side: convolutions need no more context. Half the batch: more steps help more than larger ones.
+        images = draw_crops(self.photos, self.sizes.batch // 2, self.sizes.crop // 2, rng)
         with self.autocast():
             posterior = self.vae.encode(images).latent_dist
             generator = device_generator(rng, self.device)
@@ -94,21 +98,22 @@ class VaeStage(Stage):
         decoded = decoded.float()
         loss = reconstruction_loss(decoded, images)
         values = {"loss": loss.detach()}
-        total = loss + KL_WEIGHT * posterior.kl().mean() / images[0].numel()
+        (gradient,) = torch.autograd.grad(loss, decoded)
         if self.step >= ADVERSARY_STEPS:
-            total = total + self.adversary_term(loss, decoded)
+            gradient = gradient + self.adversary_gradient(decoded.detach(), gradient)
             values["adversary"] = self.train_adversary(images, decoded.detach())
-        self.update("vae", total)
+        kl = KL_WEIGHT * posterior.kl().mean() / images[0].numel()
+        self.update("vae", (gradient * decoded).sum() + kl)
         update_average(self.average, self.vae, self.step)
         return values
 
-    def adversary_term(self, loss: torch.Tensor, decoded: torch.Tensor) -> torch.Tensor:
-        """What the adversary says of the decoded images, scaled by its gradient at the last layer."""
+    def adversary_gradient(self, decoded: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        """Where the adversary wants the decoded pixels, at a share of the norm of the loss's gradient."""
+        decoded.requires_grad_(True)
         with self.autocast():
-            score = -self.adversary(decoded).float().mean()
-        last = self.vae.decoder.conv_out.weight
-        norms = [torch.autograd.grad(term, last, retain_graph=True)[0].norm() for term in (loss, score)]
-        return ADVERSARY_SHARE * norms[0] / (norms[1] + 1e-8) * score
+            score = self.adversary(decoded).float().mean()
+        (wanted,) = torch.autograd.grad(-score, decoded)
+        return ADVERSARY_SHARE * gradient.norm() / (wanted.norm() + 1e-12) * wanted
 
     def train_adversary(self, images: torch.Tensor, decoded: torch.Tensor) -> torch.Tensor:
         with self.autocast():

