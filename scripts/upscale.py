@@ -22,11 +22,12 @@ import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
 
 from PIL import Image
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -34,12 +35,17 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from image_files import (
     READ_SUFFIXES,
     WRITE_FORMATS,
+    can_be_written_in_strips,
+    check_place,
     check_writable,
     first_line,
     grey_integers,
     read_picture,
+    resize_rows,
+    resize_strips,
     upright_size,
     write_picture,
+    write_text,
 )
 from processes import REMEDY, ProcessError, Processes
 
@@ -103,9 +109,10 @@ UNQUANTIZED_LAYERS = [
 PLAN_FILES = ("model_index.json", "transformer/config.json", "vae/config.json")
 MODEL_FILES = (*PLAN_FILES, "scheduler/scheduler_config.json")
 
-EXPECTED_ERRORS = (OSError, ValueError, RuntimeError, MemoryError, FloatingPointError)
 # What the pipeline raises in all processes that share an image, or in none.
 COMMON_ERRORS = (ValueError, FloatingPointError)
+# What it may raise at all, for programs that call it by these functions.
+EXPECTED_ERRORS = (*COMMON_ERRORS, OSError, RuntimeError, MemoryError)
 
 
 class UsageError(Exception):
@@ -120,9 +127,22 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
-class Job(NamedTuple):
+@dataclass
+class Job:
+    """An image to enlarge, and what became of it: "waiting", "ready", "done", "skipped", "failed" or "planned"."""
+
     source: Path
     target: Path
+    outcome: str = "waiting"
+    size: tuple[int, int] | None = None  # of the result, width and height in pixels
+    notes: list[str] = field(default_factory=list)
+    error: str | None = None
+
+    def result(self) -> dict:
+        return {"outcome": self.outcome, "size": self.size, "notes": self.notes, "error": self.error}
+
+    def as_json(self) -> dict:
+        return {"input": str(self.source), "output": str(self.target), **self.result()}
 
 
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
@@ -187,6 +207,18 @@ def build_parser() -> Parser:
         help="print each image's FLUX tiles and their cost and stop; reads only the headers of the images, so that a "
         "damaged one may pass; needs no model, but reads the architecture from --model if that is a folder (default: "
         "that of FLUX.1)",
+    )
+    parser.add_argument(
+        "--summary",
+        metavar="FILE",
+        type=nonempty,
+        help="write what became of each image to this file, as JSON, also after Ctrl-C",
+    )
+    parser.add_argument(
+        "--allow-large-input",
+        action="store_true",
+        help="read images of any size; without it, what has more than 179 megapixels is refused, because a small file "
+        "can be made that fills the memory",
     )
     parser.add_argument("--use-flux", action="store_true", help="enlarge with FLUX.1 instead of bicubic")
 
@@ -439,20 +471,35 @@ def target_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
 def say(text: str, file=None) -> None:
     """Prints a line above the progress bars."""
     # In one write, so that lines of several processes do not run into each other.
-    tqdm.write(f"{text}\n", file=file or sys.stdout, end="")
+    tqdm.write(f"{printable(text)}\n", file=file or sys.stdout, end="")
+
+
+def printable(text: str) -> str:
+    """The text with escapes in place of control characters but "\\n", and of what the terminal cannot show."""
+    # File names may hold them: they could move the cursor, or could not be encoded.
+    text = re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff]", lambda match: ascii(match[0])[1:-1], text)
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def say_error(text: str) -> None:
     say(f"upscale.py: error: {text}", file=sys.stderr)
 
 
-def attempt(step: Callable[..., str], job: Job, *args) -> str:
-    """Does one step for one image; an error becomes one line and the state "failed"."""
+def attempt(step: Callable[..., str], job: Job, *args) -> None:
+    """Does one step for one image, which sets its outcome; an error becomes one line and the outcome "failed"."""
     try:
-        return step(job, *args)
-    except EXPECTED_ERRORS as error:
-        say_error(f"{job.source}: {first_line(error)}")
-        return "failed"
+        job.outcome = step(job, *args)
+    except ProcessError:
+        raise
+    except Exception as error:  # whatever it is, the other images have to be done
+        job.outcome, job.error = "failed", "out of memory" if is_out_of_memory(error) else first_line(error)
+        say_error(f"{job.source}: {job.error}")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether main memory was not enough; PyTorch raises a `RuntimeError` for it."""
+    return isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def check_job(job: Job, args: argparse.Namespace) -> str:
@@ -477,26 +524,46 @@ def check_job(job: Job, args: argparse.Namespace) -> str:
     return "ready"
 
 
+def take_result(job: Job, result: dict | None) -> str:
+    """Takes over what another process reported about an image, `None` if it did not live to tell."""
+    if result is None:
+        raise RuntimeError(f"the process that worked on it is gone; {REMEDY}")
+    job.size, job.notes, job.error = result["size"], result["notes"], result["error"]
+    return result["outcome"]
+
+
 def checkpoint_folder(target: Path) -> Path:
     return target.with_name(f".{target.name}.checkpoint")
 
 
-def upscale_file(job: Job, enlarge: Callable, args: argparse.Namespace, writes: bool) -> str:
+def upscale_file(job: Job, enlarger, args: argparse.Namespace) -> str:
     picture = read_picture(job.source)
     if args.use_flux and picture.image.mode == "F":
         picture.image = grey_integers(picture.image, 255)
         picture.notes.append("16 bits become 8 with FLUX")
-    size = target_size(picture.image.size, args.scale)
+    source, job.size = picture.image, target_size(picture.image.size, args.scale)
     options = {"checkpoint_dir": checkpoint_folder(job.target)} if args.resume else {}
-    picture.image = enlarge(picture.image, size, **options)
-    if not writes:
+    strips = None
+    # Matching the colours takes the whole picture.
+    if can_be_written_in_strips(job.target, job.size) and args.color_fix is None:
+        strips = enlarger.strips(source, job.size, **options)
+    else:
+        picture.image = enlarger.whole(source, job.size, **options)
+    if not enlarger.writes:
+        exhaust(strips)
         return "done"
-    lost = write_picture(picture, job.target, software_text(args))
+    try:
+        lost = write_picture(picture, job.target, software_text(args), strips, job.size)
+    except Exception:
+        if enlarger.process_group is not None:
+            exhaust(strips)  # the other processes need this one's tiles
+        raise
     if args.resume:
         shutil.rmtree(checkpoint_folder(job.target), ignore_errors=True)
-    for note in picture.notes + lost:
+    job.notes += picture.notes + lost
+    for note in job.notes:
         say(f"{job.source}: {note}")
-    say(f"{job.source} -> {job.target} ({size[0]}x{size[1]} px)")
+    say(f"{job.source} -> {job.target} ({job.size[0]}x{job.size[1]} px)")
     return "done"
 
 
@@ -510,53 +577,132 @@ def software_text(args: argparse.Namespace) -> str:
     return f"flux-dino-tile {__version__} {json.dumps(settings)}"
 
 
-def enlarge_bicubic(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    return image.resize(size, Image.Resampling.BICUBIC)
+class BicubicEnlarger:
+    """Enlarges images to a size (width, height) in pixels, as a whole or in strips from top to bottom."""
+
+    process_group = None
+    writes = True
+
+    def whole(self, image: Image.Image, size: tuple[int, int]) -> Image.Image:
+        return image.resize(size, Image.Resampling.BICUBIC)
+
+    def strips(self, image: Image.Image, size: tuple[int, int]) -> Iterator[Image.Image]:
+        return resize_strips(image, size)
 
 
-def enlarge_flux(
-    pipe, args: argparse.Namespace, process_group, image: Image.Image, size: tuple[int, int], checkpoint_dir=None
-) -> Image.Image:
-    """The enlarged image; with a `process_group`, whose processes make the same call, they share its tiles."""
-    import torch
+class FluxEnlarger:
+    """
+    Enlarges images with a pipeline, by the options in `args`; forms as in [`BicubicEnlarger`].
 
-    call = partial(
-        pipe,
-        image=image.convert("RGB"),
-        width=size[0],
-        height=size[1],
-        prompt=args.prompt,
-        start_sigma=args.start_sigma,
-        num_inference_steps=args.steps,
-        guidance_scale=args.guidance,
-        tile_size=args.tile_size,
-        tile_overlap=args.tile_overlap,
-        tile_batch_size=args.tile_batch_size,
-        dino_conditioning_scale=args.dino_strength or 0.0,
-        max_sequence_length=args.text_tokens,
-        skip_flat_tiles=args.skip_flat_tiles or False,
-        color_fix=args.color_fix,
-        # On the CPU, so that a seed means the same noise on every machine.
-        generator=torch.Generator("cpu").manual_seed(args.seed),
-        output_type="pil",
-        checkpoint_dir=checkpoint_dir,
-        checkpoint_steps=args.checkpoint_steps,
-        process_group=process_group,
-    )
-    try:
-        result = call().images[0]
-    except COMMON_ERRORS:
-        raise
-    except EXPECTED_ERRORS as error:
-        if process_group is None:
+    With a `process_group`, whose processes make the same calls, they share the tiles of each image. Then all of them
+    have to take all strips, and only the first `writes`.
+    """
+
+    def __init__(self, pipe, args: argparse.Namespace, process_group=None):
+        from pipeline_flux_dino_tile import is_first_process
+
+        self.pipe = pipe
+        self.args = args
+        self.process_group = process_group
+        self.writes = is_first_process(process_group)
+
+    def whole(self, image: Image.Image, size: tuple[int, int], checkpoint_dir: Path | None = None) -> Image.Image:
+        result = self.call(image, size, "pil", checkpoint_dir)[0]
+        alpha = BicubicEnlarger().whole(image.getchannel("A"), size) if has_alpha(image) else None
+        return as_source(result, image, alpha)
+
+    def strips(
+        self, image: Image.Image, size: tuple[int, int], checkpoint_dir: Path | None = None
+    ) -> Iterator[Image.Image]:
+        width, height = size
+        latents = self.call(image, size, "latent", checkpoint_dir)
+        plan = self.pipe.plan_tiles(height, width, self.args.tile_size, self.args.tile_overlap)
+        wide_alpha = None
+        if has_alpha(image):
+            wide_alpha = BicubicEnlarger().whole(image.getchannel("A"), (width, image.height))
+        top = 0
+        with self.ending_all():
+            for pixels in self.pipe.decode_pixels(latents, plan, height, width, self.process_group):
+                bottom = top + pixels.shape[1]
+                alpha = wide_alpha and resize_rows(wide_alpha, height, top, bottom)
+                yield as_source(Image.fromarray(pixels[0]), image, alpha)
+                top = bottom
+
+    def call(self, image: Image.Image, size: tuple[int, int], output_type: str, checkpoint_dir: Path | None):
+        """
+        The pipeline's result; after an out-of-memory on the GPU tried again with half as many tiles at once, unless
+        other processes share the image: they would have to do the same.
+        """
+        import torch
+
+        args = self.args
+        while True:
+            try:
+                with self.ending_all():
+                    return self.pipe(
+                        image=image.convert("RGB"),
+                        width=size[0],
+                        height=size[1],
+                        prompt=args.prompt,
+                        start_sigma=args.start_sigma,
+                        num_inference_steps=args.steps,
+                        guidance_scale=args.guidance,
+                        tile_size=args.tile_size,
+                        tile_overlap=args.tile_overlap,
+                        tile_batch_size=args.tile_batch_size,
+                        dino_conditioning_scale=args.dino_strength or 0.0,
+                        max_sequence_length=args.text_tokens,
+                        skip_flat_tiles=args.skip_flat_tiles or False,
+                        color_fix=args.color_fix,
+                        # On the CPU, so that a seed means the same noise on every machine.
+                        generator=torch.Generator("cpu").manual_seed(args.seed),
+                        output_type=output_type,
+                        checkpoint_dir=checkpoint_dir,
+                        checkpoint_steps=args.checkpoint_steps,
+                        process_group=self.process_group,
+                    ).images
+            except torch.OutOfMemoryError as error:
+                if args.tile_batch_size == 1:
+                    raise RuntimeError(
+                        "out of GPU memory with one tile at a time: try --memory 8, or a smaller --tile-size"
+                    ) from error
+            # Here, where the error does not hold the tensors of the call any more.
+            args.tile_batch_size //= 2
+            say(f"out of GPU memory: trying again with --tile-batch-size {args.tile_batch_size}")
+            self.pipe.maybe_free_model_hooks()
+            torch.cuda.empty_cache()
+
+    @contextmanager
+    def ending_all(self) -> Iterator[None]:
+        """Makes an error end the run if other processes share the image and wait for this one."""
+        try:
+            yield
+        except COMMON_ERRORS:
             raise
-        raise ProcessError(
-            f"a process that shares the tiles failed or is gone ({first_line(error)}); {REMEDY}"
-        ) from error
-    if image.mode in ("L", "LA"):
+        except Exception as error:
+            if self.process_group is None:
+                raise
+            raise ProcessError(
+                f"a process that shares the tiles failed or is gone ({first_line(error)}); {REMEDY}"
+            ) from error
+
+
+def exhaust(strips: Iterator[Image.Image] | None) -> None:
+    """Takes the strips that are left, if there are any, and drops them."""
+    for _ in strips or ():
+        pass
+
+
+def has_alpha(image: Image.Image) -> bool:
+    return image.mode in ("LA", "RGBA")
+
+
+def as_source(result: Image.Image, source: Image.Image, alpha: Image.Image | None) -> Image.Image:
+    """An RGB result in the mode of its source: grey where that is grey, and with the transparency `alpha`."""
+    if source.mode in ("L", "LA"):
         result = result.convert("L")
-    if image.mode in ("LA", "RGBA"):
-        result.putalpha(enlarge_bicubic(image.getchannel("A"), size))
+    if alpha is not None:
+        result.putalpha(alpha)
     return result
 
 
@@ -761,47 +907,87 @@ def plan_file(job: Job, args: argparse.Namespace, architecture: dict, totals: di
     return "planned"
 
 
-def print_plans(jobs: list[Job], args: argparse.Namespace) -> Counter:
+def print_plans(jobs: list[Job], args: argparse.Namespace) -> None:
     architecture = read_architecture(args.model)
     totals: dict[str, float] = {"tiles": 0, "tflop": 0}
-    outcomes = Counter(attempt(plan_file, job, args, architecture, totals) for job in jobs)
+    for job in jobs:
+        attempt(plan_file, job, args, architecture, totals)
     if len(jobs) > 1:
-        say(f"{outcomes['planned']} images: {totals['tiles']} tiles, {totals['tflop']:.4g} TFLOP per step")
-    return outcomes
+        planned = count_outcomes(jobs)["planned"]
+        say(f"{planned} images: {totals['tiles']} tiles, {totals['tflop']:.4g} TFLOP per step")
 
 
-def upscale(jobs: list[Job], args: argparse.Namespace) -> Counter:
-    processes = Processes(args.worker_timeout, say_error)
-    outcomes: Counter = Counter()
-    waiting = []
+def upscale(jobs: list[Job], args: argparse.Namespace) -> None:
+    """Enlarges what can be; of several processes, the first one's `jobs` get to know what became of all."""
+
+    def tell_end(reason: str) -> None:
+        say_error(reason)
+        if processes.is_first:
+            write_summary(jobs, args.summary)
+
+    processes = Processes(args.worker_timeout, tell_end)
     if processes.is_first:
         for job in jobs:
-            outcome = attempt(check_job, job, args)
-            if outcome == "ready":
-                waiting.append(job)
-            else:
-                outcomes[outcome] += 1
-    names = processes.from_first([[str(path) for path in job] for job in waiting])
-    waiting = [Job(Path(source), Path(target)) for source, target in names]
+            attempt(check_job, job, args)
+    ready = [job for job in jobs if job.outcome == "ready"]
+    names = processes.from_first([[str(job.source), str(job.target)] for job in ready])
+    if not processes.is_first:
+        ready = [Job(Path(source), Path(target)) for source, target in names]
 
     # With fewer images than processes, all work on the tiles of one image.
-    shares_tiles = args.use_flux and 0 < len(waiting) < processes.count
-    writes = processes.is_first or not shares_tiles
-    enlarge: Callable = enlarge_bicubic
-    if args.use_flux and waiting:
+    shares_tiles = args.use_flux and 0 < len(ready) < processes.count
+    enlarger: BicubicEnlarger | FluxEnlarger = BicubicEnlarger()
+    if args.use_flux and ready:
         pipe = load_flux(args)
         if not processes.is_first:
             pipe.set_progress_bar_config(disable=True)
-        enlarge = partial(enlarge_flux, pipe, args, processes.join_group() if shares_tiles else None)
+        enlarger = FluxEnlarger(pipe, args, processes.join_group() if shares_tiles else None)
     # `None` shows the bar on terminals only.
-    is_hidden = None if len(waiting) > 1 and processes.is_first else True
-    share = waiting if shares_tiles else processes.take(waiting)
-    for job in tqdm(share, total=len(waiting), unit="image", disable=is_hidden):
-        outcomes[attempt(upscale_file, job, enlarge, args, writes)] += 1
-    outcomes = processes.collect(outcomes if writes else Counter())
+    is_hidden = None if len(ready) > 1 and processes.is_first else True
+    share = range(len(ready)) if shares_tiles else processes.take(len(ready))
+    for index in tqdm(share, total=len(ready), unit="image", disable=is_hidden):
+        attempt(upscale_file, ready[index], enlarger, args)
+        processes.report(index, ready[index].result())
+    others = [index for index, job in enumerate(ready) if job.outcome == "ready"]
+    for index, result in processes.collect(others).items():
+        attempt(take_result, ready[index], result)
     if len(jobs) > 1 and processes.is_first:
+        outcomes = count_outcomes(jobs)
         say(", ".join(f"{outcomes[outcome]} {outcome}" for outcome in ("done", "skipped", "failed")))
-    return outcomes
+
+
+def count_outcomes(jobs: list[Job]) -> Counter:
+    return Counter(job.outcome for job in jobs)
+
+
+@contextmanager
+def summarizing(jobs: list[Job], path: str | None) -> Iterator[None]:
+    """Writes what became of the jobs as JSON to the file `path`, if it is given, however the context ends."""
+    if path is None:
+        yield
+        return
+    with usage_errors("--summary"):
+        check_place(Path(path))
+    try:
+        yield
+    finally:
+        write_summary(jobs, path)
+
+
+def write_summary(jobs: list[Job], path: str | None) -> None:
+    if path is not None:
+        summary = {"outcomes": count_outcomes(jobs), "images": [job.as_json() for job in jobs]}
+        with usage_errors("--summary"):
+            write_text(Path(path), json.dumps(summary, indent=2) + "\n")
+
+
+@contextmanager
+def usage_errors(option: str) -> Iterator[None]:
+    """Turns an `OSError` into the usage error of an option."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"{option}: {first_line(error)}") from error
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -809,12 +995,16 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # Likewise torch, which shows where in its code it was when another process went away.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    is_first = int(os.environ.get("RANK", 0)) == 0
+    max_input_pixels = Image.MAX_IMAGE_PIXELS
     try:
         args = parse_arguments(sys.argv[1:] if argv is None else argv)
         jobs = find_jobs(args)
-        if args.plan and int(os.environ.get("RANK", 0)) > 0:
+        if args.plan and not is_first:
             return 0
-        outcomes = print_plans(jobs, args) if args.plan else upscale(jobs, args)
+        Image.MAX_IMAGE_PIXELS = None if args.allow_large_input else max_input_pixels
+        with summarizing(jobs, args.summary if is_first else None):
+            print_plans(jobs, args) if args.plan else upscale(jobs, args)
     except UsageError as error:
         say_error(str(error))
         return 2
@@ -824,7 +1014,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         say_error("interrupted")
         return 130
-    return 1 if outcomes["failed"] else 0
+    finally:
+        Image.MAX_IMAGE_PIXELS = max_input_pixels
+    return 1 if count_outcomes(jobs)["failed"] else 0
 
 
 if __name__ == "__main__":

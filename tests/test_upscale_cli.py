@@ -259,7 +259,7 @@ def test_interrupt_is_one_line(folder, capsys, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(upscale, "enlarge_bicubic", interrupt)
+    monkeypatch.setattr(upscale.BicubicEnlarger, "whole", interrupt)
     assert run(folder / "photo.png") == 130
     assert capsys.readouterr().err == "upscale.py: error: interrupted\n"
     assert [path.name for path in folder.iterdir()] == ["photo.png"]
