@@ -41,7 +41,7 @@ if ADDRESS:
     if not PROJECT.is_dir():
         subprocess.run(["git", "clone", "--depth", "1", ADDRESS, PROJECT], check=True)
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", f"{PROJECT}[flux,quant,train]"], check=True)
-sys.path[:0] = [str(PROJECT), str(PROJECT / "scripts")]
+sys.path.insert(0, str(PROJECT))
 
 # %%
 import psutil
@@ -138,7 +138,8 @@ def load_flux(name, recipe):
     dtype = torch.bfloat16 if torch.cuda.get_device_capability()[0] >= 8 else torch.float16
     if recipe == "nf4":
         from diffusers import PipelineQuantizationConfig
-        from upscale import quantization_config
+
+        from flux_dino_tile.upscale import quantization_config
 
         config = quantization_config("nf4", dtype)
         options["quantization_config"] = PipelineQuantizationConfig(quant_mapping={"transformer": config})

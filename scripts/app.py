@@ -22,8 +22,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import upscale  # noqa: F401 puts the root folder on the path
 from PIL import Image, ImageDraw
-from upscale import (  # puts the root folder on the path
+
+from flux_dino_tile.image_files import first_line, grey_integers, read_picture, upright_size, write_picture
+from flux_dino_tile.upscale import (
     EXPECTED_ERRORS,
     Parser,
     UsageError,
@@ -34,8 +37,6 @@ from upscale import (  # puts the root folder on the path
     software_text,
     target_size,
 )
-
-from image_files import first_line, grey_integers, read_picture, upright_size, write_picture
 
 
 VIEW_SIDE = 1600  # px, of the pictures on the page; the file to download has all of them

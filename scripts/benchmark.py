@@ -32,12 +32,14 @@ from typing import Any, NamedTuple
 import diffusers
 import torch
 import transformers
+import upscale  # noqa: F401 puts the root folder on the path
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline, FluxTransformer2DModel
 from diffusers.models.attention import AttentionModuleMixin
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
-from upscale import (  # puts the root folder on the path
+
+from flux_dino_tile.upscale import (
     Parser,
     UsageError,
     check_device,
@@ -46,7 +48,6 @@ from upscale import (  # puts the root folder on the path
     number,
     quantization_config,
 )
-
 from pipeline_flux_dino_tile import (
     PLANNED_STEPS,
     DinoProjector,

@@ -36,16 +36,9 @@ from benchmark import (
 )
 from diffusers import FluxTransformer2DModel
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
-from upscale import (
-    ROOT,
-    Parser,
-    UsageError,
-    check_device,
-    default_device,
-    is_quantized_layer,
-    number,
-    place,
-)
+from upscale import ROOT  # puts the root folder on the path
+
+from flux_dino_tile.upscale import Parser, UsageError, check_device, default_device, is_quantized_layer, number, place
 
 
 sys.path.insert(0, str(ROOT / "tests"))

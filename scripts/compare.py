@@ -20,17 +20,10 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from upscale import (  # puts the root folder on the path
-    FLUX_DEFAULTS,
-    Parser,
-    UsageError,
-    check_repository,
-    load_flux,
-    nonempty,
-    number,
-)
+import upscale  # noqa: F401 puts the root folder on the path
 
-from image_files import first_line
+from flux_dino_tile.image_files import first_line
+from flux_dino_tile.upscale import FLUX_DEFAULTS, Parser, UsageError, check_repository, load_flux, nonempty, number
 
 
 BASELINES = ("bicubic", "lanczos", "realesrgan")

@@ -17,9 +17,10 @@
 import sys
 from pathlib import Path
 
-from upscale import Parser, UsageError, nonempty, number  # puts the root folder on the path
+import upscale  # noqa: F401 puts the root folder on the path
 
-from image_files import first_line
+from flux_dino_tile.image_files import first_line
+from flux_dino_tile.upscale import Parser, UsageError, nonempty, number
 
 
 def build_parser() -> Parser:

@@ -21,7 +21,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from upscale import ROOT, Parser, UsageError, hide_loading_bars, nonempty, number  # puts the root folder on the path
+from upscale import ROOT  # puts the root folder on the path
+
+from dino_projector.demo_checkpoint import find_demo_checkpoint
+from flux_dino_tile.upscale import Parser, UsageError, hide_loading_bars, nonempty, number
 
 
 EPILOG = """examples:
@@ -92,8 +95,6 @@ def build_parser() -> Parser:
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    from dino_projector.demo_checkpoint import find_demo_checkpoint
-
     args = build_parser().parse_args(argv)
     if args.demo == (args.folder is not None):
         raise UsageError("give either a folder or --demo, and the repository owner/name")

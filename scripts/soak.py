@@ -29,8 +29,10 @@ from pathlib import Path
 
 import numpy as np
 import psutil  # type: ignore[import-untyped]
-import upscale
+import upscale  # noqa: F401 puts the root folder on the path
 from PIL import Image
+
+from flux_dino_tile.upscale import FluxEnlarger, Job, attempt, load_flux, parse_arguments, upscale_file
 
 
 def save_photo(path: Path, rng: np.random.Generator) -> None:
@@ -50,18 +52,17 @@ def soak(model: str, count: int, warm_up: int, folder: Path) -> list[float]:
     """Resident main memory in MiB after each image."""
     options = ["--use-flux", "--model", model, "--scale", "2", "--device", "cpu", "--tile-size", "64"]
     options += ["--tile-overlap", "16"]
-    has_projector = (Path(model) / "dino_projector").is_dir()
-    args = upscale.parse_arguments([str(folder), *options, *(["--projector", model] if has_projector else [])])
-    enlarger = upscale.FluxEnlarger(upscale.load_flux(args), args)
+    args = parse_arguments([str(folder), *options])
+    enlarger = FluxEnlarger(load_flux(args), args)
     enlarger.pipe.set_progress_bar_config(disable=True)
     rng, measured = np.random.default_rng(0), []
     start = time.monotonic()
     for index in range(count):
         suffix = (".png", ".jpg", ".webp", ".tif")[index % 4]
-        job = upscale.Job(folder / f"{index}.png", folder / f"{index}_x2{suffix}")
+        job = Job(folder / f"{index}.png", folder / f"{index}_x2{suffix}")
         save_photo(job.source, rng)
         args.seed = index
-        upscale.attempt(upscale.upscale_file, job, enlarger, args)
+        attempt(upscale_file, job, enlarger, args)
         if job.outcome != "done":
             sys.exit(f"soak.py: error: image {index}: {job.error}")
         measured.append(resident_mib())

@@ -20,9 +20,10 @@ import os
 import sys
 from pathlib import Path
 
-from upscale import Parser, UsageError, hide_loading_bars, nonempty, number  # puts the root folder on the path
+import upscale  # noqa: F401 puts the root folder on the path
 
-from image_files import first_line
+from flux_dino_tile.image_files import first_line
+from flux_dino_tile.upscale import Parser, UsageError, hide_loading_bars, nonempty, number
 
 
 STAGES = ("vae", "dino", "flux", "projector", "assemble", "evaluate")

@@ -9,12 +9,12 @@ import app
 import push_to_hub
 import pytest
 import torch
-import upscale
 from PIL import Image
 
 from dino_projector import demo_checkpoint
 from dino_projector.demo_training.flux import make_pipeline
 from dino_projector.models import save_result
+from flux_dino_tile import upscale
 from pipeline_flux_dino_tile import PromptBranch
 from tiny_models import JOINT_ATTENTION_DIM, POOLED_DIM, ROOT, tiny_pipeline, tiny_transformer, tiny_vae
 

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import upscale
 from PIL import ExifTags, Image, PngImagePlugin
 from test_image_files import png_bytes, tiff_bytes
 from test_upscale_cli import SCRIPT, photo, run
+
+from flux_dino_tile import upscale
 
 
 def noise(size=(64, 64)):

@@ -16,10 +16,10 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-import upscale
 from hypothesis import HealthCheck, event, given, settings
 from PIL import Image
 
+from flux_dino_tile import upscale
 from tiny_models import save_tiny_pipeline, tiny_pipeline
 
 
@@ -130,7 +130,7 @@ def test_files(file, target, strips):
     suffix, data = file
     limit = upscale.can_be_written_in_strips.__globals__["MAX_WHOLE_PIXELS"]
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("image_files.MAX_WHOLE_PIXELS", 0 if strips else limit)
+        patch.setattr("flux_dino_tile.image_files.MAX_WHOLE_PIXELS", 0 if strips else limit)
         # A damaged header may tell any size below the limit for bombs: that is much work, and no error.
         patch.setattr(Image, "MAX_IMAGE_PIXELS", 10**5)
         source, result = Path(folder, f"in{suffix}"), Path(folder, f"out{target}")

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageCms, JpegImagePlugin
 
-import image_files
-from image_files import read_picture, upright_size, write_picture
+from flux_dino_tile import image_files
+from flux_dino_tile.image_files import read_picture, upright_size, write_picture
 
 
 EXIF_IFD, GPS_IFD = ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo

@@ -2,13 +2,11 @@
 
 import numpy as np
 import pytest
-import upscale
 from PIL import ExifTags, Image, TiffImagePlugin
 from test_image_files import EXIF_IFD, GPS_IFD, SRGB, camera_exif, grey_16, pixels
 
-import image_files
-import large_files
-from image_files import Picture, resize_strips, write_picture
+from flux_dino_tile import image_files, large_files, upscale
+from flux_dino_tile.image_files import Picture, resize_strips, write_picture
 
 
 SUFFIXES = [".png", ".tif", ".jpg"]

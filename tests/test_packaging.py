@@ -1,16 +1,19 @@
-"""What is built to be installed: the files of wheel and sdist, and the version."""
+"""What is built to be installed: the files of wheel and sdist, the version, and the installed command."""
 
 import re
 import subprocess
 import sys
+import sysconfig
 import tarfile
+import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import flux_dino_tile
-from tiny_models import ROOT
+from tiny_models import ROOT, save_tiny_pipeline
 
 
 PACKAGES = ("pipeline_flux_dino_tile.py", "flux_dino_tile", "dino_projector")
@@ -62,7 +65,7 @@ def test_wheel_holds_the_packages_and_nothing_else(wheel):
         names = set(archive.namelist())
         assert archive.testzip() is None
     info = f"flux_dino_tile-{VERSION}.dist-info"
-    metadata = {f"{info}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "licenses/LICENSE")}
+    metadata = {f"{info}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE")}
     assert names == tracked(*PACKAGES) | metadata
 
 
@@ -73,3 +76,30 @@ def test_one_version(wheel):
     assert re.search(rf"^## .*\b{re.escape(VERSION)}\b", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     places = [path for path in tracked("*.py", "*.toml") if f'version__ = "{VERSION}"' in (ROOT / path).read_text()]
     assert places == ["flux_dino_tile/__init__.py"]
+
+
+def test_the_installed_command_enlarges(wheel, tmp_path):
+    """In an environment that has the dependencies and this project's wheel, but not its folder."""
+    environment = tmp_path / "venv"
+    venv.create(environment)
+    python = environment / "bin" / "python"
+    site = environment / "lib" / f"python{sysconfig.get_python_version()}" / "site-packages"
+    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-index", "--no-deps"]
+    subprocess.run([*install, str(wheel)], check=True)
+    # The paths alone: an editable install of this project's folder in there does not come along.
+    (site / "dependencies.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
+    save_tiny_pipeline(tmp_path / "tiny")
+    photo = tmp_path / "photo.png"
+    Image.open(ROOT / "samples" / "photo.jpg").resize((32, 24)).save(photo)
+
+    def run(*arguments: str) -> str:
+        command = [str(environment / "bin" / "flux-dino-tile"), *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    assert "64x48 px" in run("photo.png", "small.png", "--scale", "2")
+    assert f"flux-dino-tile {VERSION} " in Image.open(tmp_path / "small.png").getexif()[305]
+    run("photo.png", "flux.png", "--scale", "2", "--use-flux", "--model", "tiny", "--steps", "1")
+    assert Image.open(tmp_path / "flux.png").size == (64, 48)
+    code = "import pipeline_flux_dino_tile, flux_dino_tile.upscale as module; print(module.__file__)"
+    where = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert where.startswith(str(site))

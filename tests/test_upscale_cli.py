@@ -9,10 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import upscale
 from PIL import ExifTags, Image
 
-from flux_dino_tile import __version__
+from flux_dino_tile import __version__, upscale
 
 
 ROOT = Path(__file__).resolve().parent.parent

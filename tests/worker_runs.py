@@ -18,12 +18,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import upscale
 from PIL import Image
 
-import image_files
 import pipeline_flux_dino_tile
-from image_files import Picture, write_picture
+from flux_dino_tile import image_files, upscale
+from flux_dino_tile.image_files import Picture, write_picture
 from tiny_models import ROOT, tiny_pipeline
 
 

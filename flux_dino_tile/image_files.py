@@ -31,7 +31,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
-from large_files import can_write_strips, write_strips
+from .large_files import can_write_strips, write_strips
 
 
 WRITE_FORMATS = {
