@@ -33,26 +33,11 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import diffusers
 import numpy as np
 import PIL.Image
 import torch
 import torch.nn.functional as F
 from accelerate.utils import align_module_device
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline, FluxTransformer2DModel
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.hooks.group_offloading import _is_group_offload_enabled
-from diffusers.image_processor import PipelineImageInput
-from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from diffusers.models.embeddings import apply_rotary_emb
-from diffusers.models.modeling_outputs import AutoencoderKLOutput
-from diffusers.models.modeling_utils import ModelMixin
-from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor, _get_qkv_projections
-from diffusers.pipelines.flux.pipeline_flux_img2img import calculate_shift, retrieve_latents, retrieve_timesteps
-from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
-from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, logging, replace_example_docstring
-from diffusers.utils.torch_utils import is_compiled_module, randn_tensor
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
@@ -71,6 +56,22 @@ from transformers import (
 )
 from transformers.utils import SAFE_WEIGHTS_NAME as TRANSFORMERS_WEIGHTS_NAME
 from transformers.utils import cached_file
+
+import diffusers
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline, FluxTransformer2DModel
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.hooks.group_offloading import _is_group_offload_enabled
+from diffusers.image_processor import PipelineImageInput
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor, _get_qkv_projections
+from diffusers.pipelines.flux.pipeline_flux_img2img import calculate_shift, retrieve_latents, retrieve_timesteps
+from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
+from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, logging, replace_example_docstring
+from diffusers.utils.torch_utils import is_compiled_module, randn_tensor
 
 
 logger = logging.get_logger(__name__)  # pylint: disable=invalid-name
