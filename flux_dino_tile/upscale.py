@@ -606,7 +606,7 @@ class FluxEnlarger:
         self.writes = is_first_process(process_group)
 
     def whole(self, image: Image.Image, size: tuple[int, int], checkpoint_dir: Path | None = None) -> Image.Image:
-        result = self.call(image, size, "pil", checkpoint_dir)[0]
+        result = self.call(image, size, "pil", checkpoint_dir).images[0]
         alpha = BicubicEnlarger().whole(image.getchannel("A"), size) if has_alpha(image) else None
         return as_source(result, image, alpha)
 
@@ -614,7 +614,7 @@ class FluxEnlarger:
         self, image: Image.Image, size: tuple[int, int], checkpoint_dir: Path | None = None
     ) -> Iterator[Image.Image]:
         width, height = size
-        latents = self.call(image, size, "latent", checkpoint_dir)
+        latents = self.call(image, size, "latent", checkpoint_dir).images
         plan = self.pipe.plan_tiles(height, width, self.args.tile_size, self.args.tile_overlap)
         wide_alpha = None
         if has_alpha(image):
@@ -627,9 +627,16 @@ class FluxEnlarger:
                 yield as_source(Image.fromarray(pixels[0]), image, alpha)
                 top = bottom
 
-    def call(self, image: Image.Image, size: tuple[int, int], output_type: str, checkpoint_dir: Path | None):
+    def call(
+        self,
+        image: Image.Image,
+        size: tuple[int, int],
+        output_type: str,
+        checkpoint_dir: Path | None = None,
+        **options,
+    ):
         """
-        The pipeline's result; after an out-of-memory on the GPU tried again with half as many tiles at once, unless
+        The pipeline's output; after an out-of-memory on the GPU tried again with half as many tiles at once, unless
         other processes share the image: they would have to do the same.
         """
         import torch
@@ -659,7 +666,8 @@ class FluxEnlarger:
                         checkpoint_dir=checkpoint_dir,
                         checkpoint_steps=args.checkpoint_steps,
                         process_group=self.process_group,
-                    ).images
+                        **options,
+                    )
             except torch.OutOfMemoryError as error:
                 if args.tile_batch_size == 1:
                     raise RuntimeError(

@@ -28,6 +28,7 @@ from PIL import Image, ImageDraw
 from flux_dino_tile.image_files import first_line, grey_integers, read_picture, upright_size, write_picture
 from flux_dino_tile.upscale import (
     EXPECTED_ERRORS,
+    FluxEnlarger,
     Parser,
     UsageError,
     load_flux,
@@ -154,32 +155,14 @@ class Page:
 
     def enlarge(self, path: str, scale: float, strength: float, sigma: float, seed: float, prompt: str, folder: Path):
         """Before and after, the tiles, a sentence about them, and the file with the enlarged photo."""
-        import torch
-
         width, height = check_size(path, scale, self.max_megapixels)
         image, picture = read_rgb(path)
         has_projector = self.pipe.dino_projector is not None
         args = argparse.Namespace(**vars(self.args))
         args.scale, args.start_sigma, args.seed, args.prompt = scale, sigma, int(seed), prompt or None
         args.dino_strength = strength if has_projector else None
-        output = self.pipe(
-            image=image,
-            width=width,
-            height=height,
-            prompt=args.prompt,
-            start_sigma=sigma,
-            num_inference_steps=args.steps,
-            guidance_scale=args.guidance,
-            tile_size=args.tile_size,
-            tile_overlap=args.tile_overlap,
-            tile_batch_size=args.tile_batch_size,
-            dino_conditioning_scale=args.dino_strength or 0.0,
-            max_sequence_length=args.text_tokens,
-            skip_flat_tiles=args.skip_flat_tiles or False,
-            color_fix=args.color_fix,
-            generator=torch.Generator("cpu").manual_seed(args.seed),
-            return_diagnostics=True,
-        )
+        enlarger = FluxEnlarger(self.pipe, args)
+        output = enlarger.call(image, (width, height), "pil", return_diagnostics=True)
         result = output.images[0]
         picture.image = result
         target = folder / f"{Path(path).stem}_x{scale:g}_flux.png"
