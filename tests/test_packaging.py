@@ -1,5 +1,6 @@
 """What is built to be installed: the files of wheel and sdist, the version, and the installed command."""
 
+import os
 import re
 import subprocess
 import sys
@@ -92,14 +93,15 @@ def test_the_installed_command_enlarges(wheel, tmp_path):
     photo = tmp_path / "photo.png"
     Image.open(ROOT / "samples" / "photo.jpg").resize((32, 24)).save(photo)
 
-    def run(*arguments: str) -> str:
-        command = [str(environment / "bin" / "flux-dino-tile"), *arguments]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
 
-    assert "64x48 px" in run("photo.png", "small.png", "--scale", "2")
+    def run(program: str, *arguments: str) -> str:
+        command = [str(environment / "bin" / program), *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, check=True).stdout
+
+    assert "64x48 px" in run("flux-dino-tile", "photo.png", "small.png", "--scale", "2")
     assert f"flux-dino-tile {VERSION} " in Image.open(tmp_path / "small.png").getexif()[305]
-    run("photo.png", "flux.png", "--scale", "2", "--use-flux", "--model", "tiny", "--steps", "1")
+    run("flux-dino-tile", "photo.png", "flux.png", "--scale", "2", "--use-flux", "--model", "tiny", "--steps", "1")
     assert Image.open(tmp_path / "flux.png").size == (64, 48)
     code = "import pipeline_flux_dino_tile, flux_dino_tile.upscale as module; print(module.__file__)"
-    where = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-    assert where.startswith(str(site))
+    assert run("python", "-c", code).startswith(str(site))
