@@ -275,6 +275,7 @@ def test_a_full_disk_costs_one_shared_image(context, tmp_path, photos):
     """The others go on with the decoding of the strips, and all with the next image."""
     for index in range(2, 5):
         (photos / f"{index}.png").unlink()
+    PHOTO.resize((48, 128)).save(photos / "0.png")  # the disk is full before the last strip
     PHOTO.crop((0, 0, 16, 16)).save(photos / "1.png")
     in_strips = dict.fromkeys(range(3), write_in_strips)
     assert run_command(context, 1, tmp_path, photos, tmp_path / "expected", *FLUX, faults=in_strips)[0] == [0]
