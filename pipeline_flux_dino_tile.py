@@ -33,12 +33,31 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import diffusers
 import numpy as np
 import PIL.Image
 import torch
 import torch.nn.functional as F
 from accelerate.utils import align_module_device
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    CLIPImageProcessor,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
+    PreTrainedConfig,
+    PreTrainedModel,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
+from transformers.utils import SAFE_WEIGHTS_NAME as TRANSFORMERS_WEIGHTS_NAME
+from transformers.utils import cached_file
+
+import diffusers
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline, FluxTransformer2DModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.hooks.group_offloading import _is_group_offload_enabled
@@ -53,20 +72,6 @@ from diffusers.pipelines.flux.pipeline_flux_img2img import calculate_shift, retr
 from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
 from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, logging, replace_example_docstring
 from diffusers.utils.torch_utils import is_compiled_module, randn_tensor
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModel,
-    CLIPImageProcessor,
-    CLIPTextModel,
-    CLIPTokenizer,
-    CLIPVisionModelWithProjection,
-    PreTrainedModel,
-    T5EncoderModel,
-    T5TokenizerFast,
-)
 
 
 logger = logging.get_logger(__name__)  # pylint: disable=invalid-name
@@ -85,8 +90,16 @@ MAX_TILE_ASPECT = 2.0
 DEFAULT_TILE_OVERLAP = 64
 DEFAULT_UPSCALE_FACTOR = 4.0
 
+# Rows of pixels that are enlarged at once, and that become bytes at once.
+RESIZED_ROWS = 1024
+FINISHED_ROWS = 128
+
+# The largest DINO, DINOv3's ViT-7B, has 40.
+MAX_DINO_LAYERS = 100
+MAX_DINO_NUMBER = 100_000
 DINO_MODEL_TYPES = ("dinov2", "dinov2_with_registers", "dinov3_vit")
 PROMPT_EMBEDS_NAME = "prompt_embeds.safetensors"
+PROMPT_EMBEDS_KEYS = ("prompt_embeds", "pooled_prompt_embeds")
 CHECKPOINT_NAME = "checkpoint.safetensors"
 # What a resumed call may change: it does not decide the canvas, or `tiles` and the size do in its place.
 FREE_ARGUMENTS = (
@@ -450,7 +463,15 @@ def blend_strips(tiles: Iterable[torch.Tensor], plan: TilePlan, pixels_per_cell:
 
 def blend_tiles(tiles: Iterable[torch.Tensor], plan: TilePlan, pixels_per_cell: int) -> torch.Tensor:
     """The whole canvas of [`blend_strips`]; undoes [`crop_tiles`]."""
-    return torch.cat(list(blend_strips(tiles, plan, pixels_per_cell)), dim=2)
+    canvas, top = None, 0
+    for strip in blend_strips(tiles, plan, pixels_per_cell):
+        if canvas is None:
+            # At once, because joining strips at the end would take the canvas twice.
+            canvas = strip.new_empty(*strip.shape[:2], plan.height // pixels_per_cell, strip.shape[3])
+        canvas[:, :, top : top + strip.shape[2]] = strip
+        top += strip.shape[2]
+    assert canvas is not None
+    return canvas
 
 
 # ---- Colour --------------------------------------------------------------------------------------------------------
@@ -764,8 +785,21 @@ class DinoProjector(ModelMixin, ConfigMixin):
         sigma_max: float | None = None,
     ):
         super().__init__()
+        for name, value in {"in_dim": in_dim, "out_dim": out_dim, "hidden_dim": hidden_dim}.items():
+            check_integer(name, value, 1, "It is a number of channels.")
         check_integer("token_grid", token_grid, 1, "It is the number of token rows and columns of a tile.")
         check_choice("position_mode", position_mode, ("zero", "tile"))
+        if not isinstance(layers, (list, tuple)) or not 1 <= len(layers) <= MAX_DINO_LAYERS:
+            raise ValueError(f"`layers` must be a list of 1 to {MAX_DINO_LAYERS} whole numbers but is {layers!r:.80}.")
+        for layer in layers:
+            check_integer("layers", layer, -MAX_DINO_LAYERS, "It is the number of a hidden state.")
+        for name, values, low in (("image_mean", image_mean, -1000.0), ("image_std", image_std, 1e-6)):
+            if not isinstance(values, (list, tuple)) or len(values) != 3:
+                raise ValueError(f"`{name}` must be a list of 3 numbers but is {values!r:.80}.")
+            for number in values:
+                check_number(name, number, low, 1000, "It is for values in [0, 1].")
+        if not isinstance(dino_model, (str, type(None))):
+            raise ValueError(f"`dino_model` must be the name of a repo or folder, or None, but is {dino_model!r:.80}.")
         self.norm = torch.nn.LayerNorm(in_dim)
         self.linear_1 = torch.nn.Linear(in_dim, hidden_dim)
         self.act = torch.nn.SiLU()
@@ -1077,12 +1111,14 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
                 file = hf_hub_download(source, name, subfolder=subfolder, revision=revision, token=token)
             folder = Path(file).parent
-        class_name = DinoProjector.load_config(folder).get("_class_name", "model of another library")
+        config = DinoProjector.load_config(folder)
+        class_name = config.get("_class_name") if isinstance(config, dict) else None
         if class_name != DinoProjector.__name__:
             raise ValueError(
-                f"`pretrained_model_name_or_path` {source} holds a {class_name}, not a DinoProjector. Pass the repo or"
-                " folder of a trained projector."
+                f"`pretrained_model_name_or_path` {source} holds a {class_name or 'model of another library'}, not a"
+                " DinoProjector. Pass the repo or folder of a trained projector."
             )
+        check_projector_file(config, folder / SAFETENSORS_WEIGHTS_NAME)
         device, dtype = self._execution_device, self.transformer.dtype
         # `ModelMixin.to(dtype)` warns about modules to keep in float32, also where there are none.
         projector = DinoProjector.from_pretrained(folder, use_safetensors=True, torch_dtype=dtype)
@@ -1092,11 +1128,27 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             location = {}
             if name is None:
                 name, location = repo, {"revision": revision, "subfolder": "dino_encoder"}
-            encoder = AutoModel.from_pretrained(
-                name, token=token, use_safetensors=True, trust_remote_code=False, **location
-            )
-        self.check_dino_components(encoder, projector)
+            options = {"token": token, "trust_remote_code": False, **location}
+            # Before the weights: other kinds and absurd sizes are refused without allocating anything.
+            check_dino_numbers(PreTrainedConfig.get_config_dict(name, **options)[0])
+            encoder_config = AutoConfig.from_pretrained(name, **options)
+            self.check_dino_components(encoder_config, projector)
+            check_encoder_file(encoder_config, name, options)
+            try:
+                encoder = AutoModel.from_pretrained(name, use_safetensors=True, **options)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"`dino_encoder` {name} has weights that do not fit its config. Pass the encoder that the"
+                    " projector was trained with."
+                ) from error
+        self.check_dino_components(encoder.config, projector)
         default_prompt_embeds = load_prompt_embeds(repo, revision, token)
+        if default_prompt_embeds is not None:
+            dims = self.transformer.config.joint_attention_dim, self.transformer.config.pooled_projection_dim
+            for name, embeds, shape in zip(
+                PROMPT_EMBEDS_KEYS, default_prompt_embeds, ((1, None, dims[0]), (1, dims[1]))
+            ):
+                check_embeds(f"{name} of {PROMPT_EMBEDS_NAME}", embeds, shape, "the empty prompt's")
 
         # Under sequential and group offload these two, small beside FLUX, stay on the execution device.
         encoder, projector = encoder.to(device=device, dtype=dtype).eval(), projector.to(device).eval()
@@ -1112,27 +1164,27 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         # As after loading.
         self.maybe_free_model_hooks()
 
-    def check_dino_components(self, dino_encoder: PreTrainedModel | None, dino_projector: DinoProjector) -> None:
-        r"""Raises a `ValueError` unless projector, transformer and, if given, encoder fit together."""
+    def check_dino_components(self, encoder_config: PreTrainedConfig | None, dino_projector: DinoProjector) -> None:
+        r"""Raises a `ValueError` unless projector, transformer and, if its config is given, encoder fit together."""
         joint_dim = self.transformer.config.joint_attention_dim
         if dino_projector.config.out_dim != joint_dim:
             raise ValueError(
                 f"`dino_projector` gives tokens of {dino_projector.config.out_dim} channels but the transformer takes"
                 f" {joint_dim}. Use a projector trained for this transformer."
             )
-        if dino_encoder is None:
+        if encoder_config is None:
             return
-        model_type = dino_encoder.config.model_type
+        model_type = encoder_config.model_type
         if model_type not in DINO_MODEL_TYPES:
             raise ValueError(f"`dino_encoder` must be one of {', '.join(DINO_MODEL_TYPES)} but is a {model_type!r}.")
-        num_features = dino_encoder.config.hidden_size * len(dino_projector.config.layers)
+        num_features = encoder_config.hidden_size * len(dino_projector.config.layers)
         if num_features != dino_projector.config.in_dim:
             raise ValueError(
                 f"`dino_encoder` gives {num_features} features a patch but `dino_projector` takes"
                 f" {dino_projector.config.in_dim}. Pass the encoder that the projector was trained with"
                 f" ({dino_projector.config.dino_model})."
             )
-        num_states = dino_encoder.config.num_hidden_layers + 1
+        num_states = encoder_config.num_hidden_layers + 1
         if not all(-num_states <= layer < num_states for layer in dino_projector.config.layers):
             raise ValueError(
                 f"`dino_projector` takes the layers {list(dino_projector.config.layers)}, but `dino_encoder` has"
@@ -1445,7 +1497,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             raise ValueError("`dino_encoder` is missing. Call `load_dino_projector` or pass `dino_embeds`.")
         if dino_embeds is None and self.is_latent_image(image):
             raise ValueError("`image` holds latents, which DINO cannot see. Pass `dino_embeds` or pixels.")
-        self.check_dino_components(self.dino_encoder if dino_embeds is None else None, self.dino_projector)
+        self.check_dino_components(self.dino_encoder.config if dino_embeds is None else None, self.dino_projector)
         if scale != 1:
             self.check_attention_backends(scale, joint_attention_kwargs or {})
 
@@ -1582,8 +1634,16 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         images = self.check_image(image)
         below, right = -height % self.pixels_per_token, -width % self.pixels_per_token
         if isinstance(images[0], PIL.Image.Image):
-            images = [self.image_processor.resize(item.convert("RGB"), height, width) for item in images]
-            padded = np.pad(np.stack(images), ((0, 0), (0, below), (0, right), (0, 0)), mode="edge")
+            padded = np.empty((len(images), height + below, width + right, 3), dtype=np.uint8)
+            for canvas, item in zip(padded, images):
+                wide = item.convert("RGB").resize((width, item.height), PIL.Image.Resampling.LANCZOS)
+                # Band by band, so that beside the result only a band is held.
+                for top in range(0, height, RESIZED_ROWS):
+                    bottom = min(top + RESIZED_ROWS, height)
+                    box = (0, top * item.height / height, width, bottom * item.height / height)
+                    canvas[top:bottom, :width] = wide.resize((width, bottom - top), PIL.Image.Resampling.LANCZOS, box)
+            padded[:, :height, width:] = padded[:, :height, width - 1 : width]
+            padded[:, height:] = padded[:, height - 1 : height]
             return torch.from_numpy(padded).permute(0, 3, 1, 2)
         if isinstance(images[0], np.ndarray):
             pixels = self.image_processor.numpy_to_pt(np.stack(images))
@@ -1668,16 +1728,47 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         strips: Iterable[torch.Tensor] = self.decode_strips(latents, plan, process_group)
         if fix_color is not None:
             strips = [fix_color(torch.cat([strip.cpu() for strip in strips], dim=2))]
-        parts = []
-        for strip in strips:
-            strip = self.image_processor.postprocess(strip[..., :width], output_type="pt").permute(0, 2, 3, 1)
-            if output_type == "pil":
-                strip = (strip * 255).round().to(torch.uint8)
-            parts.append(strip.contiguous().cpu())
+        parts = [self.finish_strip(strip[..., :width], output_type) for strip in strips]
         pixels = torch.cat(parts, dim=1)[:, :height]
         if output_type == "pt":
             return pixels.permute(0, 3, 1, 2).contiguous()
         return [PIL.Image.fromarray(image) for image in pixels.numpy()] if output_type == "pil" else pixels.numpy()
+
+    def finish_strip(self, strip: torch.Tensor, output_type: str) -> torch.Tensor:
+        r"""
+        A strip of [`~FluxDinoTilePipeline.decode_strips`] as `(batch, rows, width, 3)` on the CPU: bytes for "pil",
+        else floats in [0, 1].
+        """
+        strip = self.image_processor.postprocess(strip, output_type="pt").permute(0, 2, 3, 1)
+        if output_type == "pil":
+            strip = (strip * 255).round().to(torch.uint8)
+        return strip.contiguous().cpu()
+
+    @torch.no_grad()
+    def decode_pixels(
+        self, latents: torch.Tensor, plan: TilePlan, height: int, width: int, process_group=None
+    ) -> Iterator[np.ndarray]:
+        r"""
+        Decodes a result of `output_type="latent"` without holding the picture: yields its pixels from top to bottom as
+        bytes of shape `(batch, rows, width, 3)`. A row of tiles is held.
+
+        Args:
+            latents (`torch.Tensor`): Packed latents of the whole padded output.
+            plan ([`TilePlan`]): The tiles of the call, from [`~FluxDinoTilePipeline.plan_tiles`].
+            height (`int`): Height of the output in pixels.
+            width (`int`): Width of the output in pixels.
+            process_group (`torch.distributed.ProcessGroup`, *optional*):
+                The processes that share the decoding. Every one of them has to take all the pixels.
+
+        Raises:
+            `FloatingPointError`: If the decoded pixels have NaN or infinite values.
+        """
+        canvas, top = self.unpack_canvas(latents, plan.height, plan.width), 0
+        for strip in self.decode_strips(canvas, plan, process_group):
+            for rows in strip[:, :, : height - top, :width].split(FINISHED_ROWS, dim=2):
+                yield self.finish_strip(rows, "pil").numpy()
+            top += strip.shape[2]
+        self.maybe_free_model_hooks()
 
     def add_noise(self, image_latents: torch.Tensor, timestep: torch.Tensor, generator) -> torch.Tensor:
         r"""Image latents `(batch, latent channels, rows, columns)` noised to a timestep, from one noise canvas."""
@@ -1771,7 +1862,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             raise ValueError("`image` holds latents, which DINO cannot see. Pass pixels.")
         height, width = self.get_output_size(image, height, width, upscale_factor)
         plan = self.plan_tiles(height, width, tile_size, tile_overlap)
-        self.check_dino_components(self.dino_encoder, self.dino_projector)
+        self.check_dino_components(self.dino_encoder.config, self.dino_projector)
         features = self.encode_dino_tiles(self.prepare_image(image, height, width), plan)
         self.maybe_free_model_hooks()
         return features
@@ -2541,5 +2632,57 @@ def load_prompt_embeds(
             return None
     if not Path(path).is_file():
         return None
-    tensors = load_file(path)
-    return tensors["prompt_embeds"], tensors["pooled_prompt_embeds"]
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise OSError(f"{path} is broken: {error}") from error
+    if not tensors.keys() >= set(PROMPT_EMBEDS_KEYS):
+        raise ValueError(f"{path} must hold {' and '.join(PROMPT_EMBEDS_KEYS)} but holds {sorted(tensors)!r:.200}.")
+    return tensors[PROMPT_EMBEDS_KEYS[0]], tensors[PROMPT_EMBEDS_KEYS[1]]
+
+
+def check_dino_numbers(config: dict) -> None:
+    """Raises a `ValueError` if an encoder's `config.json` has absurd numbers: transformers makes lists as long."""
+    for name, value in config.items():
+        limit = MAX_DINO_LAYERS if name == "num_hidden_layers" else MAX_DINO_NUMBER
+        if isinstance(value, int) and value > limit:
+            raise ValueError(f"`dino_encoder` has the {name} {value}, more than the {limit} that are allowed.")
+
+
+def check_encoder_file(config: PreTrainedConfig, name: str, options: dict) -> None:
+    """
+    Raises a `ValueError` if an encoder in one file would have more weights than the file has bytes: transformers makes
+    up what the file lacks. `options` are those of `AutoConfig.from_pretrained`.
+    """
+    path = cached_file(
+        name,
+        TRANSFORMERS_WEIGHTS_NAME,
+        _raise_exceptions_for_missing_entries=False,
+        **{key: value for key, value in options.items() if key != "trust_remote_code"},
+    )
+    if path is None:
+        return  # in shards, or missing, which `from_pretrained` says
+    with torch.device("meta"):
+        num_weights = sum(weights.numel() for weights in AutoModel.from_config(config).parameters())
+    if num_weights > Path(path).stat().st_size:
+        raise ValueError(
+            f"`dino_encoder` {name} has {num_weights:.3g} weights by its config, more than its file holds."
+        )
+
+
+def check_projector_file(config: dict, path: Path) -> None:
+    """
+    Raises a `ValueError` unless a projector's weights have the names and shapes that its config tells. Reads only the
+    header of the file and allocates nothing, so that a config with absurd sizes does no harm.
+    """
+    if not path.is_file():
+        return  # `from_pretrained` names what is missing
+    with torch.device("meta"):
+        expected = {name: list(value.shape) for name, value in DinoProjector.from_config(config).state_dict().items()}
+    try:
+        with safe_open(path, "pt") as file:
+            found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except SafetensorError as error:
+        raise OSError(f"{path} is broken: {error}") from error
+    if found != expected:
+        raise ValueError(f"{path} has weights of the shapes {found!r:.500}, but its config tells {expected!r:.500}.")

@@ -84,7 +84,7 @@ def load_pipeline(args, device: torch.device, dtype: torch.dtype, quantization_c
         **source,
         **left_out,
     )
-    pipe.check_dino_components(encoder, projector)
+    pipe.check_dino_components(encoder.config, projector)
     pipe.to(device)
     freeze(pipe)
     return pipe

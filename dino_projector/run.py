@@ -403,6 +403,7 @@ def training_facts(trainer: ProjectorTrainer, args, validation: dict[str, float]
         "options": facts,
         "versions": library_versions(),
         "validation": validation,
+        "validation_is_held_out": args.validation_data_dir is not None,
     }
 
 

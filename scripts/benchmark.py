@@ -32,12 +32,14 @@ from typing import Any, NamedTuple
 import diffusers
 import torch
 import transformers
+import upscale  # noqa: F401 puts the root folder on the path
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline, FluxTransformer2DModel
 from diffusers.models.attention import AttentionModuleMixin
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
-from upscale import (  # puts the root folder on the path
+
+from flux_dino_tile.upscale import (
     Parser,
     UsageError,
     check_device,
@@ -46,7 +48,6 @@ from upscale import (  # puts the root folder on the path
     number,
     quantization_config,
 )
-
 from pipeline_flux_dino_tile import (
     PLANNED_STEPS,
     DinoProjector,
@@ -168,7 +169,7 @@ the first tile and a first call take the time of compilation, where there is any
 
 def build_parser() -> Parser:
     description = "Measure the pipeline's speed on models with random weights, beside a stock diffusers loop."
-    parser = Parser(prog="benchmark.py", description=description, allow_abbrev=False)
+    parser = Parser(prog="benchmark.py", description=description)
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="full", help="FLUX.1's architecture, or a small one (default: full)")
     add("--device", help="cuda, cuda:1, mps or cpu (default: the first of them that is there)")

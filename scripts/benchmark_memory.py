@@ -36,16 +36,9 @@ from benchmark import (
 )
 from diffusers import FluxTransformer2DModel
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
-from upscale import (
-    ROOT,
-    Parser,
-    UsageError,
-    check_device,
-    default_device,
-    is_quantized_layer,
-    number,
-    place,
-)
+from upscale import ROOT  # puts the root folder on the path
+
+from flux_dino_tile.upscale import Parser, UsageError, check_device, default_device, is_quantized_layer, number, place
 
 
 sys.path.insert(0, str(ROOT / "tests"))
@@ -65,7 +58,7 @@ CLIP_CONFIGS = {
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="benchmark_memory.py", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="benchmark_memory.py", description=__doc__)
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="full", help="FLUX.1's architecture, or a small one (default: full)")
     add("--device", help="cuda, cuda:1 or cpu (default: the first of them that is there)")

@@ -25,15 +25,16 @@ from typing import NamedTuple
 import benchmark
 import torch
 import train_projector
+import upscale  # noqa: F401 puts the root folder on the path
 from accelerate import Accelerator
 from benchmark import PRESETS, Preset, build_pipeline, describe_machine, save_json, time_calls
-from upscale import Parser, UsageError, check_device, default_device, number
 
 from dino_projector.checkpoints import error_line
 from dino_projector.conditioning import Dropout
 from dino_projector.models import freeze, load_transformer
 from dino_projector.steps import InputMaker, NoiseLevels
 from dino_projector.training import ProjectorTrainer
+from flux_dino_tile.upscale import Parser, UsageError, check_device, default_device, number
 from pipeline_flux_dino_tile import FluxDinoTilePipeline
 
 
@@ -66,7 +67,7 @@ COLUMNS = {
 
 def build_parser() -> Parser:
     description = "Measure the projector's training step on models with random weights."
-    parser = Parser(prog="benchmark_training.py", description=description, allow_abbrev=False)
+    parser = Parser(prog="benchmark_training.py", description=description)
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="full", help="FLUX.1's architecture, or a small one (default: full)")
     add("--device", help="cuda, cuda:1 or cpu (default: the first that is there)")

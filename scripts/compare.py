@@ -20,17 +20,10 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from upscale import (  # puts the root folder on the path
-    FLUX_DEFAULTS,
-    Parser,
-    UsageError,
-    check_repository,
-    load_flux,
-    nonempty,
-    number,
-)
+import upscale  # noqa: F401 puts the root folder on the path
 
-from image_files import first_line
+from flux_dino_tile.image_files import first_line
+from flux_dino_tile.upscale import FLUX_DEFAULTS, Parser, UsageError, check_repository, load_flux, nonempty, number
 
 
 BASELINES = ("bicubic", "lanczos", "realesrgan")
@@ -67,8 +60,6 @@ def build_parser() -> Parser:
         prog="compare.py",
         description="Enlarge pictures without FLUX, with it, and with DINO at several strengths, and measure all.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("images", type=nonempty, help="folder of sharp pictures, from which small ones are made")
@@ -150,8 +141,6 @@ def choose_baselines(wanted: list[str] | None) -> list[str]:
 def load_pipeline(args: argparse.Namespace, model: str, projector: str | None):
     options = {name: getattr(args, name) for name in ("device", "dtype", "offload")}
     flux = argparse.Namespace(**{**FLUX_DEFAULTS, **options, "model": model, "projector": projector})
-    if projector is None and Path(model, "dino_projector", "config.json").is_file():
-        flux.projector = model
     pipe = load_flux(flux)
     pipe.set_progress_bar_config(disable=True)
     if pipe.dino_projector is None and max(args.strengths) > 0:
@@ -169,7 +158,7 @@ def describe_settings(args: argparse.Namespace, argv: list[str]) -> dict[str, st
 
 
 def compare(args: argparse.Namespace, argv: list[str]) -> Path:
-    from dino_projector.comparison.report import Results, write_report
+    from dino_projector.comparison.report import Results, page_data, write_report
     from dino_projector.comparison.sweep import load_samples, make_settings, run_sweep
     from dino_projector.metrics import load_judges
 
@@ -198,7 +187,8 @@ def compare(args: argparse.Namespace, argv: list[str]) -> Path:
     records = run_sweep(samples, settings, output, partial(load_pipeline, args), judges)
     results = Results(samples, settings, records, output)
     described = describe_settings(args, argv)
-    return write_report(results, missing, described, args.suspect_threshold, args.report_pictures, args.report_side)
+    data = page_data(results, missing, described, args.suspect_threshold, args.report_pictures, args.report_side)
+    return write_report(results, data)
 
 
 def say_error(text: str) -> None:

@@ -17,18 +17,18 @@
 import sys
 from pathlib import Path
 
-from upscale import Parser, UsageError, nonempty, number  # puts the root folder on the path
+import upscale  # noqa: F401 puts the root folder on the path
 
-from image_files import first_line
+from flux_dino_tile.image_files import first_line
+from flux_dino_tile.upscale import Parser, UsageError, nonempty, number
 
 
 def build_parser() -> Parser:
     parser = Parser(
         prog="fetch_photos.py",
-        description="Fetch the freely licensed photographs of the embedded checkpoint out of Debian packages (on"
-        " Debian or Ubuntu, with a network) into OUT/train and OUT/held_out.",
+        description="Fetch the freely licensed photographs of the embedded checkpoint out of Debian packages\n"
+        "(on Debian or Ubuntu, with a network) into OUT/train and OUT/held_out.",
         epilog="Exit status: 0 done; 1 a package or photo is missing or changed; 2 wrong usage.",
-        allow_abbrev=False,
     )
     parser.add_argument("out", type=nonempty, metavar="OUT", help="folder for the photos")
     parser.add_argument(

@@ -20,9 +20,10 @@ import os
 import sys
 from pathlib import Path
 
-from upscale import Parser, UsageError, hide_loading_bars, nonempty, number  # puts the root folder on the path
+import upscale  # noqa: F401 puts the root folder on the path
 
-from image_files import first_line
+from flux_dino_tile.image_files import first_line
+from flux_dino_tile.upscale import Parser, UsageError, hide_loading_bars, nonempty, number
 
 
 STAGES = ("vae", "dino", "flux", "decoder", "projector", "assemble", "evaluate")
@@ -38,8 +39,6 @@ def build_parser() -> Parser:
         prog="train_demo.py",
         description="Train the small FLUX, VAE, DINO and projector of the embedded checkpoint on a folder of photos.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("stage", choices=STAGES, metavar="STAGE", help=", ".join(STAGES))

@@ -21,7 +21,10 @@ import warnings
 from functools import partial
 from typing import Any
 
-from upscale import (  # puts the root folder on the path
+import upscale  # noqa: F401 puts the root folder on the path
+
+from flux_dino_tile.image_files import first_line
+from flux_dino_tile.upscale import (
     Parser,
     UsageError,
     check_repository,
@@ -31,8 +34,6 @@ from upscale import (  # puts the root folder on the path
     quantization_config,
     torchao_config,
 )
-
-from image_files import first_line
 
 
 MODEL_FILES = ("model_index.json",)
@@ -55,8 +56,6 @@ def build_parser() -> Parser:
         description="Train the projector that tells FLUX.1 by DINO features what each tile shows. FLUX.1, its VAE\n"
         "and DINO stay as they are.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
 
     add = parser.add_argument_group("models").add_argument

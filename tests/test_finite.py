@@ -157,7 +157,7 @@ def test_a_decoder_that_overflows_in_float16_is_run_again_in_float32(pipe, tmp_p
 
 @pytest.mark.parametrize(("dtype", "vae_dtype"), [("float16", torch.float32), ("bfloat16", torch.bfloat16)])
 def test_the_command_line_runs_a_vae_that_says_it_overflows_in_float32(tmp_path, monkeypatch, dtype, vae_dtype):
-    import upscale
+    from flux_dino_tile import upscale
 
     save_tiny_pipeline(tmp_path / "model")
     Image.new("RGB", (16, 16), "red").save(tmp_path / "a.png")

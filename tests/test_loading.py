@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FluxImg2ImgPipeline
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 
 from hub_server import HubServer
@@ -136,6 +137,24 @@ with_and_without_dino(pipe, prompt=None)
 answer(refusals | {"a prompt": refusal(upscale, pipe)})
 """
 
+# `main` of that repository holds code that does not run and pickled weights; both must come from v2.
+PRIVATE = """
+pipe = DiffusionPipeline.from_pretrained(
+    "base/flux", custom_pipeline="user/secret", custom_revision="v2", trust_remote_code=True
+)
+pipe.load_dino_projector("user/secret", revision="v2")
+answer(with_and_without_dino(pipe))
+"""
+
+# A download that is cut goes on where it was; a file that is damaged on the Hub is an error that names it.
+DAMAGED = """
+pipe = DiffusionPipeline.from_pretrained("base/flux", custom_pipeline="user/flux-dino-tile", trust_remote_code=True)
+refusals = {name: refusal(pipe.load_dino_projector, f"user/{name}") for name in ("truncated", "corrupt", "no-json")}
+assert pipe.dino_projector is None and pipe.dino_encoder is None, "a damaged projector is half loaded"
+pipe.load_dino_projector("user/flux-dino-tile")
+answer([refusals, with_and_without_dino(pipe)])
+"""
+
 REFUSALS = """
 load = DiffusionPipeline.from_pretrained
 refusals = {
@@ -198,6 +217,12 @@ assert sys.modules[pipe.__class__.__module__].__file__.startswith(os.environ["HF
 answer(with_and_without_dino(pipe))
 """
 
+DAMAGE = {
+    "truncated": "OSError.*dino_projector/diffusion_pytorch_model.safetensors",
+    "corrupt": "OSError.*dino_projector/diffusion_pytorch_model.safetensors",
+    "no-json": "OSError.*dino_projector.*config.json",
+}
+
 OFF = {"HF_HUB_OFFLINE": "1"}
 
 # In the order in which they start.
@@ -209,6 +234,8 @@ ROUTES = {
     "offline": Route(OFFLINE, after="hub", home="hub", environment=OFF),
     "folder": Route(FOLDER),
     "no text encoder": Route(NO_TEXT_ENCODER),
+    "private, by revision": Route(PRIVATE, environment={"HF_TOKEN": "hf_secret"}),
+    "damaged": Route(DAMAGED),
     "installed": Route(INSTALLED, after="file"),
     "saved, by file": Route(SAVED.format(arguments="f'{folder}/saved', custom_pipeline=pipeline_file"), after="file"),
     "saved": Route(SAVED.format(arguments="f'{folder}/saved'"), after="file"),
@@ -216,7 +243,8 @@ ROUTES = {
     # transformers would ask a service on the internet to convert the encoder's pickled weights.
     "refusals": Route(REFUSALS, after="file", environment={"DISABLE_SAFETENSORS_CONVERSION": "1"}),
 }
-SAME_AS_FILE = ["hub", "offline", "folder", "installed", "saved, by file", "saved", "saved, on the hub"]
+SAME_AS_FILE = ["hub", "offline", "folder", "private, by revision", "installed", "saved, by file", "saved"]
+SAME_AS_FILE += ["saved, on the hub"]
 
 
 def save_projector(folder: Path, repo: str, dino_model: str | None) -> None:
@@ -264,6 +292,14 @@ def folder(tmp_path_factory):
     pickle_weights(
         folder / "pickled" / "dino_projector" / "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"
     )
+    (folder / "pickled" / "pipeline.py").write_text("raise SystemError('code of another revision')\n")
+    for name in ("truncated", "corrupt", "no-json"):
+        shutil.copytree(folder / "projector", folder / name)
+    weights = [folder / name / "dino_projector" / SAFETENSORS_WEIGHTS_NAME for name in ("truncated", "corrupt")]
+    content = weights[0].read_bytes()
+    weights[0].write_bytes(content[: len(content) // 2])
+    weights[1].write_bytes(bytes([255]) * 64 + content[64:])
+    (folder / "no-json" / "dino_projector" / "config.json").write_text("{")
     save_projector(folder, "pickled-encoder", "facebook/pickled-dino")
     shutil.copytree(folder / "tiny-dino", folder / "pickled-dino")
     pickle_weights(folder / "pickled-dino" / "model.safetensors", "pytorch_model.bin")
@@ -288,8 +324,11 @@ def run(route: Route, name: str, folder: Path) -> Outcome:
         "user/pickled": folder / "pickled",
         "user/pickled-encoder": folder / "pickled-encoder",
         "user/complete": folder / "saved",
+        **{f"user/{damaged}": folder / damaged for damaged in DAMAGE},
     }
     with HubServer(repos, private={"user/secret": "hf_secret"}, gated={"user/gated": "hf_gated"}) as hub:
+        if name == "damaged":
+            hub.cut("GET", "flux-dino-tile.*safetensors")
         home = folder / "homes" / (route.home or name)
         own = {"HF_HOME": str(home), "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_TELEMETRY": "1"}
         # As many processes as cores run at a time, each on one.
@@ -368,6 +407,20 @@ def test_no_text_encoder(outcome):
 def test_refusals(outcome, case):
     refusals, _ = outcome("refusals").answer
     assert re.search(REFUSED[case], refusals[case], re.DOTALL), refusals[case]
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damaged_files(outcome, case):
+    refusals, _ = outcome("damaged").answer
+    assert re.search(DAMAGE[case], refusals[case], re.DOTALL), refusals[case]
+
+
+def test_a_download_that_is_cut_goes_on(outcome):
+    damaged = outcome("damaged")
+    _, digests = damaged.answer
+    assert digests == outcome("file").answer
+    paths = [path for method, path in damaged.hub.requests if method == "GET" and "flux-dino-tile" in path]
+    assert sum("safetensors" in path for path in paths) == 2
 
 
 def test_private_projector(outcome):

@@ -16,8 +16,8 @@ from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProc
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
-from upscale import quantization_config
 
+from flux_dino_tile.upscale import quantization_config
 from pipeline_flux_dino_tile import (
     FluxDinoAttnProcessor,
     FluxDinoTilePipeline,

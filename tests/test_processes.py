@@ -1,5 +1,6 @@
 """Several processes: they share the tiles of an image, or the images; the result is that of one, and none hangs."""
 
+import json
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import worker_runs
+from PIL import Image
 from worker_runs import (
     FLAT_PHOTO,
     NUM_STEPS,
@@ -17,6 +19,7 @@ from worker_runs import (
     command_line,
     enlarge,
     exit_codes,
+    fail_to_read,
     kill_itself,
     outputs,
     run_out_of_memory,
@@ -25,6 +28,9 @@ from worker_runs import (
     spoil_the_transformer,
     start_ranks,
     stop_itself,
+    write_in_strips,
+    write_in_strips_to_a_small_disk,
+    write_slowly,
 )
 
 from pipeline_flux_dino_tile import CHECKPOINT_NAME, plan_tiles
@@ -146,6 +152,42 @@ def test_one_image_is_shared(context, tmp_path, photos, count):
     assert [" -> " in text for text in texts] == [True] + [False] * (count - 1)
 
 
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_strips_of_one_image_are_shared(context, tmp_path, photos, suffix):
+    photo, names = photos / "1.png", [tmp_path / f"{name}{suffix}" for name in ("whole", "strips", "shared")]
+    assert command_line_alone(context, tmp_path, photo, names[0], *FLUX) == 0
+    for count, name in ((1, names[1]), (2, names[2])):
+        faults = dict.fromkeys(range(count), write_in_strips)
+        codes, texts = run_command(context, count, tmp_path, photo, name, *FLUX, faults=faults)
+        assert codes == [0] * count, texts
+    whole, strips, shared = (name.read_bytes() for name in names)
+    assert shared == strips != whole
+    with Image.open(names[0]) as expected, Image.open(names[2]) as result:
+        assert np.array_equal(np.asarray(result), np.asarray(expected))
+
+
+def test_every_process_adds_to_the_summary(context, tmp_path, photos):
+    """And its failures do not end it with an error, on which a launcher would end the others."""
+    summary = tmp_path / "summary.json"
+    arguments = [photos, tmp_path / "result", *FLUX, "--summary", summary]
+    codes, texts = run_command(context, 2, tmp_path, *arguments, faults={1: fail_to_read})
+    assert codes == [1, 0], texts
+    content = json.loads(summary.read_text())
+    failed = [image["input"] for image in content["images"] if image["error"] == "cannot be read: Input/output error"]
+    assert content["outcomes"] == {"done": 5 - len(failed), "failed": len(failed)}
+    assert failed == sorted(re.findall(r"error: (.*\.png): cannot be read", texts[1])) != []
+    assert len(files(tmp_path / "result")) == 5 - len(failed)
+    assert all(image["size"] == [96, 64] for image in content["images"] if image["outcome"] == "done")
+
+
+def test_others_that_have_ended_are_not_missed(context, tmp_path, photos):
+    """While the first process writes the picture, for longer than the timeout."""
+    arguments = [photos / "1.png", tmp_path / "result.png", *FLUX, "--worker-timeout", "2"]
+    codes, texts = run_command(context, 2, tmp_path, *arguments, faults={0: write_slowly})
+    assert codes == [0, 0], texts
+    assert (tmp_path / "result.png").exists()
+
+
 def test_the_real_launcher(tmp_path, photos):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
@@ -214,11 +256,44 @@ def test_a_killed_process_ends_a_shared_image_which_then_goes_on(context, tmp_pa
     assert not (tmp_path / ".result.png.checkpoint").exists()
 
 
+@pytest.mark.parametrize("dead", [0, 1])
+def test_a_process_killed_while_strips_are_written(context, tmp_path, photos, dead):
+    photo, result = photos / "1.png", tmp_path / "result.png"
+    in_strips = dict.fromkeys(range(2), write_in_strips)
+    assert run_command(context, 1, tmp_path, photo, tmp_path / "expected.png", *FLUX, faults=in_strips)[0] == [0]
+    faults = {**in_strips, dead: partial(write_in_strips, 2)}
+    codes, texts = run_command(context, 2, tmp_path, photo, result, *FLUX, "--resume", faults=faults)
+    assert (codes[dead], codes[1 - dead]) == (-9, 1)
+    assert "run the same command again" in texts[1 - dead]
+    assert not result.exists()
+    assert run_command(context, 2, tmp_path, photo, result, *FLUX, "--resume", faults=in_strips)[0] == [0, 0]
+    assert result.read_bytes() == (tmp_path / "expected.png").read_bytes()
+    assert not (tmp_path / ".result.png.checkpoint").exists()
+
+
+def test_a_full_disk_costs_one_shared_image(context, tmp_path, photos):
+    """The others go on with the decoding of the strips, and all with the next image."""
+    for index in range(2, 5):
+        (photos / f"{index}.png").unlink()
+    PHOTO.resize((48, 128)).save(photos / "0.png")  # the disk is full before the last strip
+    PHOTO.crop((0, 0, 16, 16)).save(photos / "1.png")
+    in_strips = dict.fromkeys(range(3), write_in_strips)
+    assert run_command(context, 1, tmp_path, photos, tmp_path / "expected", *FLUX, faults=in_strips)[0] == [0]
+    faults = {**in_strips, 0: write_in_strips_to_a_small_disk}
+    codes, texts = run_command(context, 3, tmp_path, photos, tmp_path / "result", *FLUX, faults=faults)
+    assert codes == [1, 0, 0], texts
+    assert re.search(r"0\.png: cannot write .*: File too large", texts[0])
+    expected = files(tmp_path / "expected")
+    assert len(expected["0.png"]) > 8000
+    assert files(tmp_path / "result") == {"1.png": expected["1.png"]}
+
+
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_a_silent_process_ends_a_shared_image(context, tmp_path, photos, stopped):
     """Stopped as a debugger stops it: its connections stay open."""
     faults = {stopped: partial(at_step, 2, stop_itself)}
     arguments = [photos / "1.png", tmp_path / "result.png", *FLUX, "--resume", "--worker-timeout", "4"]
+    arguments += ["--summary", tmp_path / "summary.json"]
     processes = start_ranks(context, command_line, 2, tmp_path, [str(value) for value in arguments], faults)
     processes[1 - stopped].join(60)
     code, text = processes[1 - stopped].exitcode, outputs(tmp_path, 2)[1 - stopped]
@@ -226,14 +301,20 @@ def test_a_silent_process_ends_a_shared_image(context, tmp_path, photos, stopped
     assert code == 1
     assert "run the same command again" in text
     assert (tmp_path / ".result.png.checkpoint" / CHECKPOINT_NAME).exists()
+    if stopped == 1:
+        assert json.loads((tmp_path / "summary.json").read_text())["outcomes"] == {"ready": 1}
 
 
-def test_an_error_in_one_process_ends_the_run_in_all(context, tmp_path, photos):
-    faults = {1: partial(at_step, 2, run_out_of_memory)}
-    codes, texts = run_command(context, 2, tmp_path, photos / "1.png", tmp_path / "out.png", *FLUX, faults=faults)
+@pytest.mark.parametrize("ranks", [[1], [0, 1]])
+def test_out_of_memory_ends_a_shared_image_in_all(context, tmp_path, photos, ranks):
+    """No second try with fewer tiles at once: the others would not make it."""
+    faults = dict.fromkeys(ranks, partial(at_step, 2, run_out_of_memory))
+    arguments = [photos / "1.png", tmp_path / "out.png", *FLUX, "--tile-batch-size", "2"]
+    codes, texts = run_command(context, 2, tmp_path, *arguments, faults=faults)
     assert codes == [1, 1]
     assert "out of memory" in texts[1] and "run the same command again" in texts[1]
     assert "gone" in texts[0]
+    assert "trying again" not in "".join(texts)
 
 
 def test_an_error_that_all_see_costs_one_image(context, tmp_path, photos):
@@ -252,7 +333,7 @@ def test_a_killed_process_costs_the_image_that_it_had(context, tmp_path, photos)
     faults = {1: partial(at_step, 2, kill_itself)}
     codes, texts = run_command(context, 2, tmp_path, *arguments, "--worker-timeout", "4", faults=faults)
     assert codes == [1, -9]
-    assert re.search(r"process 1 is gone while it worked on .*\.png.*run the same command again", texts[0])
+    assert re.search(r"\.png: the process that worked on it is gone; .*run the same command again", texts[0])
     assert "4 done, 0 skipped, 1 failed" in texts[0]
 
     codes, texts = run_command(context, 2, tmp_path, *arguments)

@@ -3,6 +3,7 @@
 import random
 import resource
 import time
+from functools import partial
 
 import accelerate
 import numpy as np
@@ -16,12 +17,15 @@ from worker_runs import (
     FLAT_PHOTO,
     NUM_STEPS,
     PHOTO,
+    command_line,
     count_layers,
     enlarge,
     finish_picture,
     finish_picture_killed_in_layer,
     finish_picture_killed_in_write,
     generator,
+    write_in_strips,
+    write_in_strips_killed_at_the_end,
 )
 
 from pipeline_flux_dino_tile import CHECKPOINT_NAME, describe_model
@@ -113,6 +117,28 @@ def test_killed_while_it_writes_the_checkpoint(context, tmp_path, moment, write)
     assert run(context, finish_picture, folder, {})
     assert_same_picture(folder, tmp_path / "expected")
     assert [path.name for path in (folder / "checkpoint").iterdir()] == [CHECKPOINT_NAME]
+
+
+@pytest.mark.parametrize("moment", ["first tile", "first strip written", "all written"])
+def test_killed_while_strips_are_written(context, tmp_path, moment):
+    PHOTO.save(tmp_path / "in.png")
+    arguments = [str(tmp_path / "in.png"), str(tmp_path / "out.png"), "--scale", "2", "--resume", "--device", "cpu"]
+    arguments += ["--use-flux", "--model", "tiny/model", "--tile-size", "48", "--tile-overlap", "16", "--steps", "3"]
+    assert run(context, command_line, arguments, {0: write_in_strips})
+    expected = (tmp_path / "out.png").read_bytes()
+    (tmp_path / "out.png").unlink()
+
+    faults = {"first tile": partial(write_in_strips, 0), "first strip written": partial(write_in_strips, 5)}
+    fault = faults.get(moment, write_in_strips_killed_at_the_end)
+    assert not run(context, command_line, arguments, {0: fault})
+    assert not (tmp_path / "out.png").exists()
+    assert int(load_file(tmp_path / ".out.png.checkpoint" / CHECKPOINT_NAME)["step"]) == NUM_STEPS
+    (left_over,) = tmp_path.glob(".upscale-*.tmp")
+    assert (left_over.read_bytes() == expected) == (moment == "all written")
+
+    assert run(context, command_line, arguments, {0: write_in_strips})
+    assert (tmp_path / "out.png").read_bytes() == expected
+    assert sorted(path.name for path in tmp_path.iterdir()) == [left_over.name, "in.png", "out.png"]
 
 
 # ---- Resumed -------------------------------------------------------------------------------------------------------

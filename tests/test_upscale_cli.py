@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import upscale
 from PIL import ExifTags, Image
+
+from flux_dino_tile import __version__, upscale
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,7 +42,7 @@ def usage_error(capsys, *arguments):
 
 def settings_of(path):
     name, version, settings = Image.open(path).getexif()[ExifTags.Base.Software].split(" ", 2)
-    assert (name, version) == ("flux-dino-tile", "0.1.0")
+    assert (name, version) == ("flux-dino-tile", __version__)
     return json.loads(settings)
 
 
@@ -257,7 +258,7 @@ def test_interrupt_is_one_line(folder, capsys, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(upscale, "enlarge_bicubic", interrupt)
+    monkeypatch.setattr(upscale.BicubicEnlarger, "whole", interrupt)
     assert run(folder / "photo.png") == 130
     assert capsys.readouterr().err == "upscale.py: error: interrupted\n"
     assert [path.name for path in folder.iterdir()] == ["photo.png"]
@@ -292,7 +293,6 @@ def test_interrupt_is_one_line(folder, capsys, monkeypatch):
         (["photo.png", "a.png", "-o", "b.png"], "given twice"),
         (["full", "full"], "would overwrite the input"),
         (["full", "photo.png"], "photo.png: the input is a folder"),
-        (["photo.png", "--use-flux"], "--use-flux needs --model for now"),
         (["photo.png", "--use-flux", "--model", "empty"], "empty: the folder has no model_index.json"),
         (["photo.png", "--use-flux", "--model", "no folder"], "no folder: no such folder"),
         (["photo.png", "--use-flux", "--model", "a/b", "--projector", "empty"], "has no dino_projector/config.json"),

@@ -7,20 +7,22 @@ milliseconds and can be killed at any moment.
 import io
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import torch
-import upscale
 from PIL import Image
 
 import pipeline_flux_dino_tile
-from image_files import Picture, write_picture
+from flux_dino_tile import image_files, upscale
+from flux_dino_tile.image_files import Picture, write_picture
 from tiny_models import ROOT, tiny_pipeline
 
 
@@ -200,6 +202,44 @@ def at_step(step: int, action: Callable, image: int = 1) -> None:
         return scheduler_step(*arguments, **kwargs)
 
     PIPE.scheduler.step = count
+
+
+def write_in_strips(tile: int | None = None) -> None:
+    """Has every picture written in strips, and the process killed before it decodes the tile of that index."""
+    image_files.MAX_WHOLE_PIXELS = 0
+    tiles, decode = iter(range(1000)), PIPE.vae.decode
+
+    def count(*arguments, **kwargs):
+        if next(tiles) == tile:
+            kill_itself()
+        return decode(*arguments, **kwargs)
+
+    PIPE.vae.decode = count
+
+
+def write_in_strips_killed_at_the_end() -> None:
+    """The same, but killed when the file is written and has not got its name."""
+    write_in_strips()
+    replace = os.replace
+    os.replace = lambda source, target: kill_itself() if Path(target).suffix == ".png" else replace(source, target)
+
+
+def write_in_strips_to_a_small_disk() -> None:
+    """No file of this process gets larger than 8000 bytes."""
+    write_in_strips()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))
+
+
+def write_slowly() -> None:
+    write_picture = upscale.write_picture
+    upscale.write_picture = lambda *arguments: time.sleep(4) or write_picture(*arguments)
+
+
+def fail_to_read() -> None:
+    def fail(path):
+        raise OSError("cannot be read: Input/output error")
+
+    upscale.read_picture = fail
 
 
 def stop_itself() -> None:

@@ -165,7 +165,16 @@ def page_data(
     max_pictures: int,
     max_side: int,
 ) -> dict[str, Any]:
-    """All that the page shows."""
+    """
+    All that the page shows.
+
+    Args:
+        judges_missing (`dict[str, str]`): Why distances are missing, from [`~dino_projector.metrics.load_judges`].
+        settings (`dict[str, str]`): What the page says about how it was made.
+        suspect_threshold (`float`): DINO similarity below which tiles are outlined at first.
+        max_pictures (`int`): Pictures in the page; the numbers are of all.
+        max_side (`int`): Pixels of a side that the page shows at most.
+    """
     samples, shown = results.samples, results.shown
     baselines = [label for label, setting in shown.items() if setting.method != "flux"]
     has_model = any(setting.model is not None for setting in shown.values())
@@ -262,26 +271,14 @@ def format_tables(results: Results, settings: dict[str, str], missing: dict[str,
     return "\n".join(lines) + "\n"
 
 
-def write_report(
-    results: Results,
-    judges_missing: dict[str, str],
-    settings: dict[str, str],
-    suspect_threshold: float,
-    max_pictures: int,
-    max_side: int,
-) -> Path:
+def write_report(results: Results, data: dict[str, Any]) -> Path:
     """
     Writes `index.html`, `results.json`, `results.csv`, `tables.md` and `sheets/` and returns the page's path.
 
     Args:
-        judges_missing (`dict[str, str]`): Why distances are missing, from [`~dino_projector.metrics.load_judges`].
-        settings (`dict[str, str]`): What the page says about how it was made.
-        suspect_threshold (`float`): DINO similarity below which tiles are outlined at first.
-        max_pictures (`int`): Pictures in the page; the numbers are of all.
-        max_side (`int`): Pixels of a side that the page shows at most.
+        data (`dict`): From [`page_data`].
     """
     output = results.output
-    data = page_data(results, judges_missing, settings, suspect_threshold, max_pictures, max_side)
     write_page(data, output / "index.html")
     kept = {name: data[name] for name in ("settings", "metrics", "missing", "means", "comparisons")}
     records = [{name: value for name, value in record.items() if name != "key"} for record in results.records]

@@ -15,7 +15,8 @@
 """The processes of one run of `upscale.py`, as `accelerate launch` or `torchrun` start them.
 
 They talk through the launcher's key-value store: the first process says which images there are, every process takes
-the next one, and all show that they are alive. Only shared tiles go through collectives (gloo, NCCL on GPUs).
+the next one and reports what became of it, and all show that they are alive. Only shared tiles go through collectives
+(gloo, NCCL on GPUs).
 """
 
 import json
@@ -23,7 +24,6 @@ import os
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
@@ -45,7 +45,7 @@ class Processes:
 
     Args:
         timeout (`float`): Seconds without a sign of life, or in one exchange of tiles, after which the run ends.
-        tell (`Callable`): Gets the line that says why a run ends.
+        tell (`Callable`): Gets the line that says why this process is ended at once.
     """
 
     def __init__(self, timeout: float, tell: Callable[[str], None]):
@@ -77,7 +77,7 @@ class Processes:
                     beats = self.ask_store("add", f"beats/{rank}", 0)
                     if beats != self.heard[rank][0]:
                         self.heard[rank] = beats, time.monotonic()
-                if lost := [rank for rank in sorted(self.needed) if self.is_lost(rank)]:
+                if lost := [rank for rank in sorted(self.needed) if self.is_lost(rank) and not self.has_ended(rank)]:
                     self.end(f"process {lost[0]} gave no sign of life for {self.timeout:g} s; {REMEDY}")
         except ProcessError as error:
             self.end(str(error))
@@ -91,12 +91,18 @@ class Processes:
     def is_lost(self, rank: int) -> bool:
         return time.monotonic() - self.heard[rank][1] > self.timeout
 
+    def has_ended(self, rank: int) -> bool:
+        """Whether the process has nothing left to do, unlike one that is lost."""
+        return self.ask_store("check", [f"ended/{rank}"])
+
     def end(self, reason: str) -> None:
         """Ends this process at once, also if it waits in a collective, from which nothing else frees it."""
-        self.tell(reason)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
+        try:
+            self.tell(reason)
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(1)
 
     def from_first(self, value: Any) -> Any:
         """The first process's `value`, which must fit into JSON."""
@@ -108,14 +114,18 @@ class Processes:
             time.sleep(POLL_SECONDS)
         return json.loads(self.ask_store("get", "value"))
 
-    def take(self, items: Sequence) -> Iterator:
-        """Yields the items that no other process has taken, one by one, so that a fast process gets more."""
+    def take(self, count: int) -> Iterator[int]:
+        """Yields the items, numbers below `count`, that no other process takes, so that a fast process gets more."""
         if self.count == 1:
-            yield from items
+            yield from range(count)
             return
-        while (index := self.ask_store("add", "taken", 1) - 1) < len(items):
-            self.ask_store("set", f"taken/{self.rank}", str(items[index]))
-            yield items[index]
+        while (index := self.ask_store("add", "taken", 1) - 1) < count:
+            yield index
+
+    def report(self, index: int, result: Any) -> None:
+        """Tells the first process what became of an item, in what fits into JSON."""
+        if not self.is_first:
+            self.ask_store("set", f"results/{index}", json.dumps(result))
 
     def join_group(self) -> Any:
         """The `torch.distributed` group in which all processes share tiles; from now on each needs all others."""
@@ -130,31 +140,25 @@ class Processes:
         )
         return distributed.group.WORLD
 
-    def collect(self, outcomes: Counter) -> Counter:
+    def collect(self, items: Sequence[int]) -> dict[int, Any]:
         """
-        The sum of all processes' outcomes in the first process, which waits for the others; a process that is lost
-        counts as one failed item. The others get their own back.
+        In the first process, which waits for the others, what they reported about `items`, `None` where the process
+        that took one is lost. Empty in the others.
         """
         if self.count == 1:
-            return outcomes
+            return {}
         if not self.is_first:
             # The store lives in the first process, which may end as soon as it has this.
             self.is_over.set()
             self.thread.join()
-            self.ask_store("set", f"outcomes/{self.rank}", json.dumps(outcomes))
-            return outcomes
-        total = Counter(outcomes)
+            self.ask_store("set", f"ended/{self.rank}", "")
+            return {}
         for rank in range(1, self.count):
-            outcomes_key, taken_key = f"outcomes/{rank}", f"taken/{rank}"
-            while not self.ask_store("check", [outcomes_key]) and not self.is_lost(rank):
+            while not self.has_ended(rank) and not self.is_lost(rank):
                 time.sleep(POLL_SECONDS)
-            if self.ask_store("check", [outcomes_key]):
-                total += Counter(json.loads(self.ask_store("get", outcomes_key)))
-                continue
-            item = ""
-            if self.ask_store("check", [taken_key]):
-                item = f" while it worked on {self.ask_store('get', taken_key).decode()}"
-            self.tell(f"process {rank} is gone{item}; {REMEDY}")
-            total["failed"] += 1
         self.is_over.set()
-        return total
+        keys = {index: f"results/{index}" for index in items}
+        return {
+            index: json.loads(self.ask_store("get", key)) if self.ask_store("check", [key]) else None
+            for index, key in keys.items()
+        }

@@ -18,9 +18,10 @@ The modes are "L", "LA", "RGB" and "RGBA" with 8 bits per channel, and "F" for 1
 (Pillow's own 16-bit resize clips between its two passes).
 """
 
+import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -29,6 +30,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageFile, TiffImagePlugin, UnidentifiedImageError
+
+from .large_files import can_write_strips, write_strips
 
 
 WRITE_FORMATS = {
@@ -42,7 +45,13 @@ WRITE_FORMATS = {
     ".tiff": "TIFF",
 }
 READ_SUFFIXES = {*WRITE_FORMATS, ".avif", ".bmp", ".gif"}
-MAX_SIDE = {"JPEG": 65535, "WEBP": 16383}
+# JPEG itself could hold 65535, but libjpeg, which Pillow and libvips use, no more than this.
+MAX_SIDE = {"JPEG": 65500, "WEBP": 16383}
+# Larger pictures, 8192 x 8192 px for example, are made and written in strips where the format allows it.
+MAX_WHOLE_PIXELS = 2**26 - 1
+STRIP_ROWS = 512
+# What Pillow resizes pictures with transparency in.
+PREMULTIPLIED = {"LA": "La", "RGBA": "RGBa"}
 MAX_JPEG_EXIF = 65533
 SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     "PNG": {},
@@ -92,12 +101,22 @@ def first_line(error: BaseException) -> str:
 @contextmanager
 def open_image(path: Path) -> Iterator[ImageFile.ImageFile]:
     """Opens the file without decoding it; an `OSError` says why it cannot be used."""
+    if path.exists() and not path.is_file():
+        raise OSError("is no regular file")  # a pipe would be waited for
     # Given the path, Pillow would map uncompressed TIFFs to memory, and rotated ones then come out scrambled.
     with open(path, "rb") as file:
         try:
             image = Image.open(file)
         except UnidentifiedImageError:
             raise OSError(unreadable_reason(file)) from None
+        except Image.DecompressionBombError:
+            limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6
+            raise OSError(
+                f"has more than {limit:.0f} megapixels, as a small file that fills the memory would"
+                " (--allow-large-input reads it)"
+            ) from None
+        except MemoryError:
+            raise
         except Exception as error:  # Pillow's decoders raise anything on broken bytes
             raise OSError(f"cannot be read: {first_line(error)}") from error
         if isinstance(image, TiffImagePlugin.TiffImageFile) and has_deep_planes(image):
@@ -142,6 +161,8 @@ def read_picture(path: Path) -> Picture:
         with open_image(path) as image:
             try:
                 return convert_picture(image)
+            except MemoryError:
+                raise
             except Exception as error:  # as in `open_image`
                 raise OSError(f"cannot be read: {first_line(error)}") from error
 
@@ -244,6 +265,11 @@ def check_writable(path: Path, size: tuple[int, int]) -> None:
             f"{size[0]}x{size[1]} px is more than the {MAX_SIDE[image_format]} px that {image_format} can hold: "
             "give an output that ends in .png or .tif"
         )
+    check_place(path)
+
+
+def check_place(path: Path) -> None:
+    """Raises if no file of this name can be made; creates the folder."""
     with naming_output(path):
         for parent in path.parents:
             if os.path.exists(parent) and not os.path.isdir(parent):
@@ -258,47 +284,107 @@ def temporary_path(path: Path) -> Path:
     return path.with_name(f".upscale-{os.getpid()}.tmp")
 
 
-def write_picture(picture: Picture, path: Path, software: str) -> list[str]:
+def can_be_written_in_strips(path: Path, size: tuple[int, int]) -> bool:
+    """Whether a picture of this size is large, and the format of the path's suffix can be written from strips."""
+    return math.prod(size) > MAX_WHOLE_PIXELS and can_write_strips(WRITE_FORMATS[path.suffix.lower()])
+
+
+def resize_strips(image: Image.Image, size: tuple[int, int]) -> Iterator[Image.Image]:
+    """The image enlarged to `size`, bicubic, in strips from top to bottom."""
+    width, height = size
+    # Pillow resizes across first too; with a box it would change the order, and so the rounding.
+    wide = image.convert(PREMULTIPLIED.get(image.mode, image.mode))
+    wide = wide.resize((width, image.height), Image.Resampling.BICUBIC)
+    for top in range(0, height, STRIP_ROWS):
+        yield resize_rows(wide, height, top, min(top + STRIP_ROWS, height)).convert(image.mode)
+
+
+def resize_rows(image: Image.Image, height: int, top: int, bottom: int) -> Image.Image:
+    """The rows from `top` to `bottom` of the image enlarged downwards to `height`, bicubic."""
+    box = (0, top * image.height / height, image.width, bottom * image.height / height)
+    return image.resize((image.width, bottom - top), Image.Resampling.BICUBIC, box)
+
+
+def write_picture(
+    picture: Picture,
+    path: Path,
+    software: str,
+    strips: Iterable[Image.Image] | None = None,
+    size: tuple[int, int] = (0, 0),
+) -> list[str]:
     """
     Writes the picture in the format of the path's suffix, wholly or not at all.
 
     Args:
         software (`str`): Text for the EXIF tag Software.
+        strips (`Iterable[Image.Image]`, *optional*):
+            The picture's pixels from top to bottom, in place of `picture.image`, for what is too large for memory.
+        size (`tuple[int, int]`): Width and height in pixels that the strips make up.
 
     Returns:
         `list[str]`: What the format could not hold, in words.
     """
     image_format = WRITE_FORMATS[path.suffix.lower()]
-    image, notes = storable_image(picture.image, image_format)
-    exif = picture.exif
-    exif[ExifTags.Base.Software] = software
-    if nested := exif.get(ExifTags.IFD.Exif):
-        nested[ExifTags.Base.ExifImageWidth], nested[ExifTags.Base.ExifImageHeight] = image.size
-
-    exif_bytes = exif.tobytes()
-    if image_format == "JPEG" and len(exif_bytes) > MAX_JPEG_EXIF:
-        exif = Image.Exif()
-        exif[ExifTags.Base.Software] = software
-        exif_bytes = exif.tobytes()
-        notes.append("the EXIF is too long for JPEG and is not kept")
-
-    with naming_output(path):
-        # Not straight to the file: where the disk gets full, Pillow may drop the end of the image without an error.
-        encoded = BytesIO()
-        image.save(
-            encoded,
-            format=image_format,
-            exif=exif_bytes,
-            icc_profile=picture.icc_profile,
-            **SAVE_OPTIONS[image_format],
-        )
-        temporary = temporary_path(path)
-        try:
+    losses: list[str] = []
+    exif, notes = storable_exif(picture.exif, image_format, software, picture.image.size if strips is None else size)
+    with replacing(path) as temporary:
+        if strips is None:
+            image, losses = storable_image(picture.image, image_format)
+            # Not straight to the file: where the disk gets full, Pillow may drop the end without an error.
+            encoded = BytesIO()
+            image.save(
+                encoded,
+                format=image_format,
+                exif=exif.tobytes(),
+                icc_profile=picture.icc_profile,
+                **SAVE_OPTIONS[image_format],
+            )
             temporary.write_bytes(encoded.getbuffer())
+        else:
+            storable = (keep_losses(storable_image(strip, image_format), losses) for strip in strips)
+            write_strips(temporary, image_format, size, storable, exif, picture.icc_profile)
+    return losses + notes
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives the path of a temporary file, which becomes the file `path` if the context ends without an error."""
+    temporary = temporary_path(path)
+    with naming_output(path):
+        try:
+            yield temporary
+            with open(temporary, "rb+") as file:
+                # Or else a loss of power could leave the name and not the content.
+                os.fsync(file.fileno())
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-    return notes
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file wholly or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text)
+
+
+def keep_losses(stored: tuple[Image.Image, list[str]], losses: list[str]) -> Image.Image:
+    """The image of a pair from [`storable_image`]; replaces `losses` by what it lost, the same for every strip."""
+    image, losses[:] = stored
+    return image
+
+
+def storable_exif(
+    exif: Image.Exif, image_format: str, software: str, size: tuple[int, int]
+) -> tuple[Image.Exif, list[str]]:
+    """The EXIF with the text for Software and the new size, as far as the format can hold it, and what was lost."""
+    exif[ExifTags.Base.Software] = software
+    if nested := exif.get(ExifTags.IFD.Exif):
+        nested[ExifTags.Base.ExifImageWidth], nested[ExifTags.Base.ExifImageHeight] = size
+    if image_format == "JPEG" and len(exif.tobytes()) > MAX_JPEG_EXIF:
+        exif = Image.Exif()
+        exif[ExifTags.Base.Software] = software
+        return exif, ["the EXIF is too long for JPEG and is not kept"]
+    return exif, []
 
 
 def storable_image(image: Image.Image, image_format: str) -> tuple[Image.Image, list[str]]:

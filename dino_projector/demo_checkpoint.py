@@ -1,0 +1,25 @@
+# Copyright 2026 The flux-dino-tile authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Where the small checkpoint lies that comes with the project: a whole pipeline with its projector."""
+
+from pathlib import Path
+
+
+DEMO_FOLDER = Path(__file__).resolve().parent / "demo"
+
+
+def find_demo_checkpoint() -> Path | None:
+    """The folder, for `from_pretrained` and `load_dino_projector`; `None` if it does not come with this copy."""
+    return DEMO_FOLDER if (DEMO_FOLDER / "model_index.json").is_file() else None

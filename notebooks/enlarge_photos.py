@@ -1,0 +1,216 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Enlarge photos with FLUX.1, told by DINO what they show
+#
+# 1. Install.
+# 2. Enlarge the sample with a small model on the CPU, at once.
+# 3. With a GPU: FLUX.1-schnell, with the memory recipe for the card that is found.
+# 4. Several strengths of DINO on the same picture.
+# 5. Train a projector of your own.
+#
+# Cells for FLUX.1 do nothing without a GPU. They were not run on FLUX.1's own weights yet.
+
+# %%
+# On Colab, the address of the project's git repository. Where this notebook lies in the project, leave it empty.
+ADDRESS = ""
+
+# %%
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+here = Path.cwd()
+PROJECT = here.parent if (here.parent / "pipeline_flux_dino_tile.py").is_file() else here / "flux-dino-tile"
+if ADDRESS:
+    if not PROJECT.is_dir():
+        subprocess.run(["git", "clone", "--depth", "1", ADDRESS, PROJECT], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", f"{PROJECT}[flux,quant,train]"], check=True)
+sys.path.insert(0, str(PROJECT))
+
+# %%
+import psutil
+import torch
+from PIL import Image
+
+from pipeline_flux_dino_tile import FluxDinoTilePipeline
+
+
+HAS_GPU = torch.cuda.is_available()
+photo = Image.open(PROJECT / "samples" / "photo.jpg").convert("RGB")
+photo
+
+# %% [markdown]
+# ## A small model on the CPU
+#
+# `CHECKPOINT` is a folder with a whole small pipeline and its projector, by default the one that comes with the
+# project, if one does. Such a model shows the way of a picture, not the quality of FLUX.1.
+
+# %%
+from dino_projector.demo_checkpoint import find_demo_checkpoint
+
+
+CHECKPOINT = os.environ.get("CHECKPOINT") or find_demo_checkpoint()
+
+
+def load_small():
+    pipe = FluxDinoTilePipeline.from_pretrained(CHECKPOINT)
+    if pipe.dino_projector is None:
+        pipe.load_dino_projector(CHECKPOINT)
+    return pipe
+
+
+if CHECKPOINT:
+    small = load_small()
+    plan = small.plan_tiles(4 * photo.height, 4 * photo.width)
+    print(f"{len(plan)} tiles of {plan.tile_width} x {plan.tile_height} px")
+    result = small(image=photo, upscale_factor=4, generator=torch.Generator().manual_seed(0)).images[0]
+else:
+    print("no CHECKPOINT: bicubic instead")
+    result = photo.resize((4 * photo.width, 4 * photo.height), Image.Resampling.BICUBIC)
+
+# %%
+import base64
+import html
+from io import BytesIO
+
+from IPython.display import HTML
+
+
+def as_url(image):
+    buffer = BytesIO()
+    image.save(buffer, "JPEG", quality=92)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def compare(before, after, width=720):
+    """A slider between two pictures of the same shape: left the first, right the second."""
+    before = before.resize(after.size, Image.Resampling.BICUBIC)
+    layer = f"position:absolute;left:0;top:0;width:{width}px"
+    clip = "this.parentNode.querySelectorAll('img')[1].style.clipPath=`inset(0 0 0 ${this.value}%)`"
+    return HTML(
+        f'<div style="position:relative;width:{width}px;height:{width * after.height // after.width + 30}px">'
+        f'<img style="{layer}" src="{as_url(before)}">'
+        f'<img style="{layer};clip-path:inset(0 0 0 50%)" src="{as_url(after)}">'
+        f'<input type="range" value="50" oninput="{html.escape(clip)}"'
+        f' style="position:absolute;bottom:0;width:{width}px"></div>'
+    )
+
+
+compare(photo, result)
+
+# %% [markdown]
+# ## FLUX.1-schnell
+#
+# Weights are 24 GB for the transformer and 10 GB for the text encoders, in bfloat16. Which recipe fits depends on the
+# card and on the main memory: an A100 takes all of it, an L4 gets the blocks one after the other from main memory, and
+# a T4 on a machine with little main memory needs the transformer in 4 bits.
+
+# %%
+GIB = 2**30
+
+
+def choose_recipe(gpu_gib, main_gib):
+    """How to fit FLUX.1 into so many GiB of GPU and main memory: "gpu", "group" or "nf4"."""
+    if gpu_gib >= 38:
+        return "gpu"
+    return "group" if main_gib >= 40 else "nf4"
+
+
+def load_flux(name, recipe):
+    options = {}
+    # The T4 has no bfloat16.
+    dtype = torch.bfloat16 if torch.cuda.get_device_capability()[0] >= 8 else torch.float16
+    if recipe == "nf4":
+        from diffusers import PipelineQuantizationConfig
+
+        from flux_dino_tile.upscale import quantization_config
+
+        config = quantization_config("nf4", dtype)
+        options["quantization_config"] = PipelineQuantizationConfig(quant_mapping={"transformer": config})
+    pipe = FluxDinoTilePipeline.from_pretrained(name, dtype=dtype, **options)
+    if recipe == "gpu":
+        return pipe.to("cuda")
+    if recipe == "group":
+        pipe.enable_group_offload(torch.device("cuda"), offload_type="leaf_level", use_stream=True)
+    else:
+        pipe.enable_model_cpu_offload()
+    return pipe
+
+
+main_gib = psutil.virtual_memory().total / GIB
+if HAS_GPU:
+    properties = torch.cuda.get_device_properties(0)
+    recipe = choose_recipe(properties.total_memory / GIB, main_gib)
+    print(f"{properties.name}, {properties.total_memory / GIB:.0f} GiB, main memory {main_gib:.0f} GiB: {recipe}")
+else:
+    print("no GPU: the cells for FLUX.1 do nothing")
+
+# %%
+PROJECTOR = os.environ.get("PROJECTOR", "")  # folder or repository of a trained projector for FLUX.1-schnell
+if HAS_GPU:
+    pipe = load_flux("black-forest-labs/FLUX.1-schnell", recipe)
+    if PROJECTOR:
+        pipe.load_dino_projector(PROJECTOR)
+    batch = 4 if recipe == "group" else 1
+    call = {"upscale_factor": 4, "tile_batch_size": batch}
+    result = pipe(image=photo, generator=torch.Generator().manual_seed(0), **call).images[0]
+compare(photo, result)
+
+# %% [markdown]
+# ## Strengths of DINO
+#
+# Of a detail. Size and tiles stay the same, so DINO looks once. 0 is off, 1 is full.
+
+# %%
+upscaler, size = (pipe, call) if HAS_GPU else (small if CHECKPOINT else None, {"upscale_factor": 4})
+if upscaler is not None and upscaler.dino_projector is not None:
+    detail = photo.crop((0, 0, photo.width // 2, photo.width // 2))
+    features = upscaler.encode_dino(detail, upscale_factor=4)
+    strengths = (0.0, 0.5, 1.0)
+    sweep = [
+        upscaler(
+            image=detail,
+            dino_embeds=features,
+            dino_conditioning_scale=strength,
+            generator=torch.Generator().manual_seed(0),
+            **size,
+        ).images[0]
+        for strength in strengths
+    ]
+    strip = Image.new("RGB", (sum(image.width for image in sweep), sweep[0].height))
+    for index, image in enumerate(sweep):
+        strip.paste(image, (index * image.width, 0))
+    strip.thumbnail((1400, 1400))
+    display(strip)  # noqa: F821
+
+# %% [markdown]
+# ## Train your own
+#
+# A folder of sharp photos is enough; `docs/training.md` is the guide. An hour on a small card is a start, not a
+# projector to publish.
+
+# %%
+PHOTOS = ""  # a folder
+if HAS_GPU and PHOTOS:
+    program = [sys.executable, "-m", "accelerate.commands.launch", PROJECT / "scripts" / "train_projector.py"]
+    options = ["--pretrained_model_name_or_path", "black-forest-labs/FLUX.1-schnell", "--train_data_dir", PHOTOS]
+    options += ["--output_dir", "runs/first", "--max_train_seconds", "3600"]
+    options += ["--quantization", "nf4"] if recipe == "nf4" else []
+    subprocess.run([*program, *options], check=True)
+    pipe.load_dino_projector("runs/first/final")

@@ -1,0 +1,385 @@
+"""Random files, command lines and arguments: whatever comes in, only documented errors come out.
+
+The choice is fixed (see `conftest.py`). `FUZZ_CASES=900 python -m pytest tests/test_fuzz.py` runs 900 files, 900
+command lines and 450 calls; without it there are 60, 60 and 30.
+"""
+
+import contextlib
+import io
+import itertools
+import os
+import re
+import tempfile
+from pathlib import Path
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, event, given, settings
+from PIL import Image
+
+from flux_dino_tile import upscale
+from tiny_models import save_tiny_pipeline, tiny_pipeline
+
+
+CASES = int(os.environ.get("FUZZ_CASES", "60"))
+HEALTH = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
+fuzz = settings(max_examples=CASES, suppress_health_check=HEALTH)
+fuzz_calls = settings(max_examples=CASES // 2, suppress_health_check=HEALTH)
+
+FORMATS = {
+    ".png": ("PNG", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"]),
+    ".jpg": ("JPEG", ["L", "RGB", "CMYK"]),
+    ".webp": ("WEBP", ["RGB", "RGBA"]),
+    ".tif": ("TIFF", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "LAB", "YCbCr", "I;16", "F"]),
+    ".gif": ("GIF", ["L", "P", "RGB"]),
+    ".bmp": ("BMP", ["1", "L", "P", "RGB"]),
+    ".avif": ("AVIF", ["RGB", "RGBA"]),
+}
+# An error that nobody thought of begins with its type.
+UNEXPECTED = re.compile(r"\b(?!OSError)[A-Z]\w*(Error|Exception|Warning): ")
+
+
+def command_line(*arguments):
+    """Runs `upscale.py` in this process; returns its exit code and what it printed."""
+    output, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        try:
+            code = upscale.main([str(argument) for argument in arguments])
+        except SystemExit as exit:  # --help
+            code = exit.code
+    return code, output.getvalue(), errors.getvalue()
+
+
+# A case with everything odd at once would end at the first check.
+ODD_PART = st.sampled_from(["nothing", "image", "arguments"])
+
+
+# Files
+
+
+@st.composite
+def files(draw):
+    """The suffix and the bytes of an image file, with random damage in most cases."""
+    suffix = draw(st.sampled_from(list(FORMATS)))
+    image_format, modes = FORMATS[suffix]
+    mode = draw(st.sampled_from(modes))
+    size = draw(st.tuples(st.integers(1, 40), st.integers(1, 40)))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    if mode in ("I;16", "F"):
+        image = Image.fromarray(rng.integers(0, 65536, size[::-1]).astype(np.uint16 if mode == "I;16" else np.float32))
+    else:
+        image = Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+        image = image.convert("L").convert(mode) if mode in ("1", "LA") else convert(image, mode)
+    options = {}
+    if draw(st.booleans()):
+        exif = Image.Exif()
+        exif[draw(st.sampled_from([271, 274, 282, 305, 40961, 700]))] = draw(
+            st.sampled_from([0, 1, 6, 8, 99, "text", 0.5])
+        )
+        options["exif"] = exif
+    if draw(st.booleans()):
+        options["icc_profile"] = draw(st.binary(max_size=40))
+    if suffix in (".gif", ".webp", ".tif", ".png") and draw(st.integers(0, 4)) == 0:
+        options |= {"save_all": True, "append_images": [image] * draw(st.integers(1, 3))}
+    file = io.BytesIO()
+    try:
+        image.save(file, image_format, **options)
+    except Exception:  # not every option goes with every format
+        file = io.BytesIO()
+        image.save(file, image_format)
+    return draw(st.sampled_from(list(FORMATS))) if draw(st.integers(0, 9)) == 0 else suffix, damage(
+        draw, file.getvalue()
+    )
+
+
+def convert(image, mode):
+    if mode == "LAB":
+        return Image.merge("LAB", image.split())
+    return image.convert(mode)
+
+
+def damage(draw, data):
+    data = bytearray(data)
+    for kind in draw(
+        st.lists(st.sampled_from(["cut", "set", "set", "set", "insert", "remove", "repeat", "grow"]), max_size=4)
+    ):
+        # The beginning holds the sizes, offsets and kinds.
+        at = draw(st.integers(0, max(0, min(len(data), draw(st.sampled_from([32, 200, 10**6]))) - 1)))
+        if kind == "cut":
+            del data[at:]
+        elif kind == "set":
+            data[at : at + 1] = bytes([draw(st.integers(0, 255))])
+        elif kind == "insert":
+            data[at:at] = draw(st.binary(min_size=1, max_size=8))
+        elif kind == "remove":
+            del data[at : at + draw(st.integers(1, 16))]
+        elif kind == "repeat":
+            data[at:at] = data[at : at + draw(st.integers(1, 64))]
+        else:
+            data[at : at + 4] = draw(
+                st.sampled_from([b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\0\0\0\0", b"\0\0\x80\0"])
+            )
+    return bytes(data)
+
+
+@fuzz
+@given(file=files(), target=st.sampled_from([".png", ".jpg", ".webp", ".tif"]), strips=st.booleans())
+def test_files(file, target, strips):
+    suffix, data = file
+    limit = upscale.can_be_written_in_strips.__globals__["MAX_WHOLE_PIXELS"]
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flux_dino_tile.image_files.MAX_WHOLE_PIXELS", 0 if strips else limit)
+        # A damaged header may tell any size below the limit for bombs: that is much work, and no error.
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", 10**5)
+        source, result = Path(folder, f"in{suffix}"), Path(folder, f"out{target}")
+        source.write_bytes(data)
+        code, output, errors = command_line(source, result, "--scale", "1.5")
+        event(f"exit status {code}")
+        assert sorted(path.name for path in Path(folder).iterdir()) == sorted(
+            [source.name] + [result.name] * (code == 0)
+        )
+        if code == 0:
+            assert errors == ""
+            with Image.open(result) as image:
+                image.load()
+                assert f"({image.width}x{image.height} px)" in output
+        else:
+            assert (code, errors.count("\n"), output) == (1, 1, ""), (output, errors)
+            assert errors.startswith(f"upscale.py: error: {source}: ")
+            assert "cannot be read" in errors or not UNEXPECTED.search(errors), errors
+
+
+# Command lines
+
+
+VALUES = st.one_of(
+    st.sampled_from(
+        [
+            "",
+            "0",
+            "1",
+            "2",
+            "-1",
+            "16",
+            "32",
+            "1e9",
+            "nan",
+            "inf",
+            "auto",
+            "none",
+            "cpu",
+            "cuda:99",
+            "a/b",
+            "../..",
+            "-",
+        ]
+    ),
+    st.integers(-(2**70), 2**70).map(str),
+    st.floats(allow_nan=True).map(str),
+    st.text(max_size=6),
+)
+GOOD_OPTIONS = [
+    *[
+        ("--scale", "2"),
+        ("--scale", "1.3"),
+        ("--tile-size", "32"),
+        ("--tile-overlap", "16"),
+        ("--dino-strength", "0.5"),
+    ],
+    *[("--start-sigma", "0.4"), ("--guidance", "2"), ("--seed", "7"), ("--prompt", "a dog"), ("--color-fix", "adain")],
+    *[("--text-tokens", "64"), ("--skip-flat-tiles", "0.5"), ("--tile-batch-size", "3"), ("--dtype", "float32")],
+    *[("--summary", "summary.json"), ("--allow-large-input",), ("--offload", "none"), ("--output", "new.png")],
+    *[("--resume",), ("--checkpoint-steps", "2"), ("--worker-timeout", "30")],
+]
+FLAGS = ("--plan", "--use-flux", "--overwrite", "--allow-large-input", "--resume")
+OPTIONS = sorted(
+    option
+    for action in upscale.build_parser()._actions
+    for option in action.option_strings
+    if option not in ("-h", "--help", "--compile", "--quantize")
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    save_tiny_pipeline(folder := tmp_path_factory.mktemp("fuzz") / "model")
+    return folder
+
+
+@contextlib.contextmanager
+def place(model):
+    """A new working folder with a photo, a broken one and a tiny model: results must not become inputs."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        Path("model").symlink_to(model)
+        Path("in").mkdir()
+        Image.new("RGB", (20, 12), "red").save("in/photo.png")
+        Path("in/broken.jpg").write_bytes(b"no image")
+        yield
+
+
+def without_slash(text):
+    # Outputs would land anywhere.
+    return text.replace("/", "").replace("\\", "").replace("..", "") if text not in ("a/b",) else text
+
+
+@fuzz
+@given(
+    inputs=st.sampled_from(
+        [
+            ["in/photo.png"],
+            ["in/photo.png", "new.jpg"],
+            ["in"],
+            ["in", "new/"],
+            ["in/broken.jpg"],
+            ["gone"],
+            ["in", "in"],
+            [],
+        ]
+    ),
+    good=st.lists(st.sampled_from(GOOD_OPTIONS), max_size=3),
+    odd=st.lists(st.tuples(st.sampled_from(OPTIONS), VALUES.map(without_slash)), max_size=3),
+    odd_part=ODD_PART,
+    mode=st.sampled_from(
+        [
+            [],
+            ["--plan"],
+            ["--plan", "--model", "model"],
+            ["--use-flux", "--model", "model", "--device", "cpu", "--steps", "1"],
+        ]
+    ),
+)
+def test_command_lines(model, inputs, good, odd, odd_part, mode):
+    arguments = [*inputs, *mode, "--overwrite", *itertools.chain.from_iterable(good)]
+    for option, value in odd if odd_part == "arguments" else []:
+        # More than a few steps take minutes, and the Hub is not there.
+        if option not in ("--steps", "--model", "--projector"):
+            arguments += [option] if option in FLAGS else [option, value]
+    with place(model):
+        code, _, errors = command_line(*arguments)
+    event(f"exit status {code}")
+    assert code in (0, 1, 2), arguments
+    assert code == 0 or errors != "", arguments
+    assert not UNEXPECTED.search(errors), (arguments, errors)
+    if code == 2:
+        # After those of single images, where the model is what cannot be used.
+        assert errors.splitlines()[-1].startswith("upscale.py: error: "), (arguments, errors)
+
+
+# Calls
+
+
+ODD = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**40), 2**40),
+    st.floats(),
+    st.text(max_size=3),
+    st.lists(st.floats(), max_size=3),
+    st.just({}),
+)
+NUMBERS = st.one_of(st.integers(-2, 70), st.floats(-0.5, 2))
+ARGUMENTS = {
+    "upscale_factor": st.one_of(st.floats(0.5, 3), ODD),
+    "start_sigma": NUMBERS,
+    "strength": NUMBERS,
+    "num_inference_steps": st.one_of(st.integers(-1, 3), st.none(), st.text(max_size=2), st.floats(0, 2)),
+    "guidance_scale": ODD,
+    "tile_size": st.one_of(st.integers(0, 5).map(lambda n: 16 * n), st.tuples(NUMBERS, NUMBERS), ODD),
+    "tile_overlap": st.one_of(st.integers(-1, 64), ODD),
+    "tile_batch_size": st.one_of(st.integers(-1, 9), ODD),
+    "tile_fusion": st.one_of(st.sampled_from(["step", "final"]), ODD),
+    "dino_conditioning_scale": st.one_of(st.floats(0, 2), ODD),
+    "dino_guidance_start": NUMBERS,
+    "dino_guidance_end": NUMBERS,
+    "color_fix": st.one_of(st.sampled_from(["wavelet", "adain"]), ODD),
+    "skip_flat_tiles": st.one_of(st.booleans(), ODD),
+    "output_type": st.one_of(st.sampled_from(["pil", "np", "pt", "latent"]), ODD),
+    "prompt": st.one_of(st.text(max_size=5), ODD),
+    "negative_prompt": st.one_of(st.text(max_size=5), ODD),
+    "true_cfg_scale": st.one_of(st.floats(0, 3), ODD),
+    "num_images_per_prompt": st.one_of(st.integers(-1, 2), st.text(max_size=1), st.floats(0, 2)),
+    "max_sequence_length": st.one_of(st.integers(-1, 600), ODD),
+    "sigmas": st.one_of(st.lists(st.floats(0, 1), max_size=3), ODD),
+    "generator": st.one_of(st.builds(torch.Generator), ODD),
+    "height": st.one_of(st.integers(-1, 80), ODD),
+    "width": st.one_of(st.integers(-1, 80), ODD),
+    "latents": st.one_of(st.just(torch.zeros(1, 4, 16)), ODD),
+    "prompt_embeds": st.one_of(st.just(torch.zeros(1, 4, 32)), ODD),
+    "pooled_prompt_embeds": st.one_of(st.just(torch.zeros(1, 16)), ODD),
+    "dino_embeds": st.one_of(st.just(torch.zeros(1, 1, 2, 2, 24)), ODD),
+    "callback_on_step_end": ODD,
+    "joint_attention_kwargs": ODD,
+}
+GOOD_ARGUMENTS = {
+    "upscale_factor": [1, 1.5, 3],
+    "start_sigma": [0.01, 0.5, 1],
+    "num_inference_steps": [1, 2],
+    "guidance_scale": [0, 3.5],
+    "tile_size": [16, 32, (16, 48)],
+    "tile_overlap": [0, 8, 16],
+    "tile_batch_size": [1, 3, 1000],
+    "tile_fusion": ["step", "final"],
+    "dino_conditioning_scale": [0, 0.3, 1, 1.7],
+    "dino_guidance_end": [0, 0.5, 1],
+    "color_fix": [None, "wavelet", "adain"],
+    "skip_flat_tiles": [True, 0.5, 1],
+    "output_type": ["pil", "np", "pt", "latent"],
+    "prompt": ["", "a dog", "\N{DOG}"],
+    "negative_prompt": ["", "a cat"],
+    "true_cfg_scale": [1, 2.5],
+    "num_images_per_prompt": [1, 2],
+    "max_sequence_length": [1, 16, 512],
+    "generator": [torch.Generator(), None],
+}
+IMAGES = st.one_of(
+    st.tuples(
+        st.sampled_from(["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "F"]),
+        st.integers(1, 33),
+        st.integers(1, 33),
+    ).map(lambda spec: Image.new(spec[0], spec[1:])),
+    st.tuples(st.integers(0, 4), st.integers(0, 20), st.integers(0, 20)).map(torch.zeros),
+    st.tuples(st.integers(0, 20), st.integers(0, 20), st.integers(0, 4)).map(np.zeros),
+    st.lists(st.just(Image.new("RGB", (8, 8))), max_size=2),
+    ODD,
+)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny_pipeline(dino="dinov2")
+
+
+@fuzz_calls
+@given(
+    image=IMAGES,
+    odd_part=ODD_PART,
+    good=st.sets(st.sampled_from(list(GOOD_ARGUMENTS)), max_size=5),
+    odd=st.sets(st.sampled_from(list(ARGUMENTS)), max_size=3),
+    data=st.data(),
+)
+def test_calls(pipe, image, odd_part, good, odd, data):
+    arguments = {name: data.draw(st.sampled_from(GOOD_ARGUMENTS[name]), label=name) for name in sorted(good)}
+    if odd_part == "arguments":
+        arguments |= {name: data.draw(ARGUMENTS[name], label=name) for name in sorted(odd)}
+    if odd_part != "image":
+        image = Image.new("RGB", (20, 12), "blue")
+    # The size of the output is bounded for the time's sake.
+    for name in ("height", "width"):
+        if isinstance(arguments.get(name), (int, float)) and arguments[name] > 200:
+            arguments[name] = 200
+    defaults = {
+        "num_inference_steps": 1,
+        "max_sequence_length": 16,
+        "upscale_factor": None if {"height", "width"} & arguments.keys() else 2,
+    }
+    try:
+        images = pipe(image=image, **{**defaults, **arguments}).images
+    except ValueError:
+        event("refused")
+        return
+    event("an image")
+    assert len(images) > 0
