@@ -1014,6 +1014,11 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             DINO backbone: `Dinov2Model`, `Dinov2WithRegistersModel` or `DINOv3ViTModel`.
         dino_projector ([`DinoProjector`], *optional*):
             Projector from the features of `dino_encoder` to the text stream of `transformer`.
+        default_start_sigma (`float`, *optional*, defaults to 0.35):
+            Where a call starts that says nothing else. A model that knows less than FLUX.1 starts with less noise.
+        default_tile_size (`int`, *optional*):
+            Side in pixels of the tiles of a call that says nothing else, for a transformer that was trained on no
+            larger pictures. Planned by default.
     """
 
     # Running a model frees the one before it. DINO may not run, so it must not stand between T5 and the transformer.
@@ -1044,6 +1049,8 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         feature_extractor: CLIPImageProcessor | None = None,
         dino_encoder: PreTrainedModel | None = None,
         dino_projector: DinoProjector | None = None,
+        default_start_sigma: float = 0.35,
+        default_tile_size: int | None = None,
     ):
         super().__init__(
             scheduler=scheduler,
@@ -1057,6 +1064,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             feature_extractor=feature_extractor,
         )
         self.register_modules(dino_encoder=dino_encoder, dino_projector=dino_projector)
+        self.register_to_config(default_start_sigma=default_start_sigma, default_tile_size=default_tile_size)
         self.default_prompt_embeds: tuple[torch.Tensor, torch.Tensor] | None = None
         self._kept_tile_size: tuple[int, int] | None = None
 
@@ -1583,7 +1591,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         """
         is_dev = self.transformer.config.guidance_embeds
         if strength is None and sigmas is None and start_sigma is None:
-            start_sigma = 0.35
+            start_sigma = self.config.default_start_sigma
         if sigmas is not None:
             num_inference_steps = len(sigmas)
         elif num_inference_steps is None:
@@ -1604,6 +1612,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
 
         With FLUX.1, `len(pipe.plan_tiles(4096, 4096))` is 16.
         """
+        tile_size = self.config.default_tile_size if tile_size is None else tile_size
         # The plan must not depend on the projector, so that results with and without it can be compared.
         plan_with = partial(
             plan_tiles, height, width, pixels_per_token=self.pixels_per_token, inner_dim=self.transformer.inner_dim
@@ -2289,10 +2298,10 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
                 Enlargement from 1 to 8. Defaults to 4 unless `height` and `width` are given.
             start_sigma (`float`, *optional*):
                 Share of noise in the latents at the start, from 0.01 to 1: how much FLUX may change. Excludes
-                `strength`. Defaults to 0.35 without `strength` and `sigmas`.
+                `strength`. Without `strength` and `sigmas` it defaults to the pipeline's `default_start_sigma`, 0.35.
             tile_size (`int` or `tuple[int, int]`, *optional*):
-                Tile side, or height and width, in pixels, a multiple of 16 for FLUX.1. Defaults to the size of 0.8 to
-                1.3 MP, or less for a small output, that costs the least work.
+                Tile side, or height and width, in pixels, a multiple of 16 for FLUX.1. Defaults to the pipeline's
+                `default_tile_size`, or the size of 0.8 to 1.3 MP, or less for a small output, that costs least.
             tile_overlap (`int`, defaults to 64):
                 Least overlap of neighbouring tiles in pixels.
             tile_batch_size (`int`, defaults to 1):

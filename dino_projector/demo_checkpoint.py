@@ -12,14 +12,16 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Where the small checkpoint lies that comes with the project: a whole pipeline with its projector."""
+"""The small checkpoint that comes with the project: a whole pipeline with its projector."""
 
 from pathlib import Path
 
 
 DEMO_FOLDER = Path(__file__).resolve().parent / "demo"
+# What the programs call it, so that no path of a user's disk gets into pictures and reports.
+EMBEDDED = "embedded"
 
 
-def find_demo_checkpoint() -> Path | None:
-    """The folder, for `from_pretrained` and `load_dino_projector`; `None` if it does not come with this copy."""
-    return DEMO_FOLDER if (DEMO_FOLDER / "model_index.json").is_file() else None
+def locate_model(name: str) -> str:
+    """The folder of the embedded checkpoint for its name; any other name is a folder or Hub repository as it is."""
+    return str(DEMO_FOLDER) if name == EMBEDDED else name

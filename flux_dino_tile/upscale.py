@@ -32,7 +32,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from dino_projector.demo_checkpoint import find_demo_checkpoint
+from dino_projector.demo_checkpoint import EMBEDDED, locate_model
 
 from . import __version__
 from .image_files import (
@@ -230,7 +230,11 @@ def build_parser() -> Parser:
         return partial(add, default=argparse.SUPPRESS)
 
     add = group("model (with --use-flux)")
-    add("--model", type=nonempty, help="folder or Hub repository of a FLUX.1 pipeline (required for now)")
+    add(
+        "--model",
+        type=nonempty,
+        help="folder or Hub repository of a FLUX.1 pipeline (default: the small one that comes with this program)",
+    )
     add(
         "--projector",
         type=nonempty,
@@ -249,7 +253,7 @@ def build_parser() -> Parser:
         "--start-sigma",
         metavar="SIGMA",
         type=number(float, 0.01, 1),
-        help="share of noise at the start, 0.01 to 1: the more, the more is invented (default: 0.35)",
+        help="share of noise at the start, 0.01 to 1: the more, the more is invented (default: 0.35, or the model's)",
     )
     add(
         "--steps",
@@ -275,7 +279,7 @@ def build_parser() -> Parser:
         "--tile-size",
         metavar="PX",
         type=number(int, 16),
-        help="side of a tile in pixels of the output, a multiple of 16 (default: the size that costs least)",
+        help="side of a tile in pixels of the output, a multiple of 16 (default: what costs least, or the model's)",
     )
     add(
         "--tile-overlap",
@@ -385,9 +389,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
             f"argument --tile-overlap: must be below the {args.tile_size} px of --tile-size,"
             f" but {args.tile_overlap} is {overlap} px in whole tokens of 16 px"
         )
+    if args.use_flux and args.model is None:
+        args.model = EMBEDDED
     if args.model is not None:
         for file in PLAN_FILES if args.plan else MODEL_FILES:
-            check_repository("--model", args.model, file)
+            check_repository("--model", locate_model(args.model), file)
     if args.use_flux and not args.plan:
         check_flux_arguments(args)
     return args
@@ -395,8 +401,6 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 def check_flux_arguments(args: argparse.Namespace) -> None:
     """What can be known to be wrong before torch is imported."""
-    if args.model is None and find_demo_checkpoint() is None:
-        raise UsageError("--use-flux needs --model for now: no small checkpoint comes with this program yet")
     for option, value in (("--compile", args.compile), ("--quantize", args.quantize)):
         if value and args.offload in ("group", "sequential"):
             raise UsageError(f"{option} does not work with --offload {args.offload}")
@@ -736,7 +740,7 @@ def load_flux(args: argparse.Namespace):
         options["quantization_config"] = PipelineQuantizationConfig(
             quant_mapping={"transformer": quantization_config(args.quantize, options["dtype"])}
         )
-    model, projector = args.model or str(find_demo_checkpoint()), args.projector
+    model, projector = locate_model(args.model), args.projector
     pipe = load("--model", model, partial(FluxDinoTilePipeline.from_pretrained, **options))
     # The folder may have one beside the models of its index.
     if projector is None and pipe.dino_projector is None and Path(model, "dino_projector", "config.json").is_file():
@@ -875,6 +879,7 @@ def read_architecture(model: str | None) -> dict:
             "num_layers": transformer["num_layers"] + transformer["num_single_layers"],
             "pixels_per_token": 2 ** len(vae["block_out_channels"]),
             "text_tokens": default_text_tokens(transformer),
+            "tile_size": json.loads(Path(model, "model_index.json").read_text()).get("default_tile_size"),
         }
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"--model {model}: not the folder of a FLUX.1 pipeline ({first_line(error)})") from error
@@ -887,9 +892,10 @@ def plan_file(job: Job, args: argparse.Namespace, architecture: dict, totals: di
     num_layers = architecture.pop("num_layers", 57)
     text_tokens = architecture.pop("text_tokens", 512)
     text_tokens = args.text_tokens or text_tokens
+    tile_size = architecture.pop("tile_size", None)
     size = upright_size(job.source)
     width, height = target_size(size, args.scale)
-    plan = plan_tiles(height, width, args.tile_size, args.tile_overlap, **architecture)
+    plan = plan_tiles(height, width, args.tile_size or tile_size, args.tile_overlap, **architecture)
     num_tokens = plan.tokens_per_tile + text_tokens + DINO_TOKENS
     tflop = transformer_flops(num_tokens, architecture.get("inner_dim", 3072), num_layers) / 1e12
     overlaps = sorted(
@@ -914,7 +920,7 @@ def plan_file(job: Job, args: argparse.Namespace, architecture: dict, totals: di
 
 
 def print_plans(jobs: list[Job], args: argparse.Namespace) -> None:
-    architecture = read_architecture(args.model)
+    architecture = read_architecture(args.model and locate_model(args.model))
     totals: dict[str, float] = {"tiles": 0, "tflop": 0}
     for job in jobs:
         attempt(plan_file, job, args, architecture, totals)

@@ -58,31 +58,18 @@ photo
 # %% [markdown]
 # ## A small model on the CPU
 #
-# `CHECKPOINT` is a folder with a whole small pipeline and its projector, by default the one that comes with the
-# project, if one does. Such a model shows the way of a picture, not the quality of FLUX.1.
+# A whole small pipeline and its projector come with the project. It shows the way of a picture, not the quality of
+# FLUX.1.
 
 # %%
-from dino_projector.demo_checkpoint import find_demo_checkpoint
+from dino_projector.demo_checkpoint import DEMO_FOLDER
 
 
-CHECKPOINT = os.environ.get("CHECKPOINT") or find_demo_checkpoint()
-
-
-def load_small():
-    pipe = FluxDinoTilePipeline.from_pretrained(CHECKPOINT)
-    if pipe.dino_projector is None:
-        pipe.load_dino_projector(CHECKPOINT)
-    return pipe
-
-
-if CHECKPOINT:
-    small = load_small()
-    plan = small.plan_tiles(4 * photo.height, 4 * photo.width)
-    print(f"{len(plan)} tiles of {plan.tile_width} x {plan.tile_height} px")
-    result = small(image=photo, upscale_factor=4, generator=torch.Generator().manual_seed(0)).images[0]
-else:
-    print("no CHECKPOINT: bicubic instead")
-    result = photo.resize((4 * photo.width, 4 * photo.height), Image.Resampling.BICUBIC)
+small = FluxDinoTilePipeline.from_pretrained(DEMO_FOLDER, dtype=torch.float32)
+small.load_dino_projector(DEMO_FOLDER)
+plan = small.plan_tiles(4 * photo.height, 4 * photo.width)
+print(f"{len(plan)} tiles of {plan.tile_width} x {plan.tile_height} px")
+result = small(image=photo, upscale_factor=4, generator=torch.Generator().manual_seed(0)).images[0]
 
 # %%
 import base64
@@ -175,11 +162,12 @@ compare(photo, result)
 # %% [markdown]
 # ## Strengths of DINO
 #
-# Of a detail. Size and tiles stay the same, so DINO looks once. 0 is off, 1 is full.
+# Of a detail. Size and tiles stay the same, so DINO looks once. 0 is off, 1 is full. They differ the more, the more
+# noise an enlargement starts from.
 
 # %%
-upscaler, size = (pipe, call) if HAS_GPU else (small if CHECKPOINT else None, {"upscale_factor": 4})
-if upscaler is not None and upscaler.dino_projector is not None:
+upscaler, size = (pipe, call) if HAS_GPU else (small, {"upscale_factor": 4})
+if upscaler.dino_projector is not None:
     detail = photo.crop((0, 0, photo.width // 2, photo.width // 2))
     features = upscaler.encode_dino(detail, upscale_factor=4)
     strengths = (0.0, 0.5, 1.0)
@@ -188,6 +176,7 @@ if upscaler is not None and upscaler.dino_projector is not None:
             image=detail,
             dino_embeds=features,
             dino_conditioning_scale=strength,
+            start_sigma=0.35,
             generator=torch.Generator().manual_seed(0),
             **size,
         ).images[0]

@@ -54,7 +54,7 @@ One picture is enlarged at a time, the others wait. docs/app.md says how to make
 def build_parser() -> Parser:
     parser = Parser(
         prog="app.py",
-        usage="%(prog)s --model MODEL [options]",
+        usage="%(prog)s [options]",
         description="Serve a page that enlarges photos with FLUX.1, on this machine.",
         epilog=EPILOG,
     )
@@ -69,7 +69,7 @@ def build_parser() -> Parser:
         default=32.0,
         help="size of the enlarged picture (default: 32)",
     )
-    add("--model", type=nonempty, default=os.environ.get("MODEL"), help="of upscale.py (default: $MODEL)")
+    add("--model", type=nonempty, default=os.environ.get("MODEL"), help="of upscale.py (default: $MODEL, or its own)")
     add("--projector", type=nonempty, default=os.environ.get("PROJECTOR"), help="of upscale.py (default: $PROJECTOR)")
     return parser
 

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import upscale  # noqa: F401 puts the root folder on the path
 
+from dino_projector.demo_checkpoint import EMBEDDED, locate_model
 from flux_dino_tile.image_files import first_line
 from flux_dino_tile.upscale import FLUX_DEFAULTS, Parser, UsageError, check_repository, load_flux, nonempty, number
 
@@ -29,9 +30,10 @@ from flux_dino_tile.upscale import FLUX_DEFAULTS, Parser, UsageError, check_repo
 BASELINES = ("bicubic", "lanczos", "realesrgan")
 ABLATIONS = ("fusion", "overlap", "color-fix")
 EPILOG = """examples:
+  compare.py photos/ --out report
   compare.py photos/ --out report --model black-forest-labs/FLUX.1-schnell --projector runs/first/final
-  compare.py photos/ --out report --model M --start-sigmas 0.2,0.35,0.5 --steps 4,8 --ablate fusion,overlap
-  compare.py small/ --out report --model M --no-reference
+  compare.py photos/ --out report --start-sigmas 0.2,0.35,0.5 --steps 4,8 --ablate fusion,overlap
+  compare.py small/ --out report --no-reference
 
 Called again with the same --out, it makes only what is missing. docs/quality.md describes the report and its metrics.
 Exit status: 0 done; 1 it failed; 2 wrong usage."""
@@ -79,20 +81,22 @@ def build_parser() -> Parser:
     add = parser.add_argument_group("what is compared; several values with commas").add_argument
     baselines_help = "bicubic, lanczos, realesrgan or none (default: the first two, and the third if it is installed)"
     add("--baselines", type=several(one_of((*BASELINES, "none"))), metavar="LIST", help=baselines_help)
-    add("--model", type=several(nonempty), default=[], metavar="LIST", help="folders or Hub repositories of FLUX.1")
+    model_help = "folders or Hub repositories of FLUX.1, or none (default: embedded, the small one of this program)"
+    add("--model", type=several(nonempty), default=[EMBEDDED], metavar="LIST", help=model_help)
     projector_help = "folders or Hub repositories with a dino_projector/ (default: the model's own)"
     add("--projector", type=several(nonempty), default=[None], metavar="LIST", help=projector_help)
     strengths_help = "of DINO (default: 0,0.3,0.5,0.8,1); the greatest is also tried with another picture's tokens"
     strengths = [0.0, 0.3, 0.5, 0.8, 1.0]
     add("--strengths", type=several(number(float, 0, 100)), default=strengths, metavar="LIST", help=strengths_help)
-    add("--start-sigmas", type=several(number(float, 0.01, 1)), default=[None], metavar="LIST", help="(default: 0.35)")
-    add("--steps", type=several(number(int, 1)), default=[None], metavar="LIST", help="(default: the model's)")
+    models_own = "(default: the model's)"
+    add("--start-sigmas", type=several(number(float, 0.01, 1)), default=[None], metavar="LIST", help=models_own)
+    add("--steps", type=several(number(int, 1)), default=[None], metavar="LIST", help=models_own)
     add("--seeds", type=several(number(int, 0, 2**32 - 1)), default=[0], metavar="LIST", help="(default: 0)")
     ablate_help = f"one thing at a time at the greatest strength: {', '.join(ABLATIONS)}"
     add("--ablate", type=several(one_of(ABLATIONS)), default=[], metavar="LIST", help=ablate_help)
 
     add = parser.add_argument_group("tiles and machine").add_argument
-    add("--tile-size", type=number(int, 16), metavar="PX", help="a multiple of 16 (default: planned)")
+    add("--tile-size", type=number(int, 16), metavar="PX", help="a multiple of 16 (default: the model's, or planned)")
     add("--tile-overlap", type=number(int, 0), default=64, metavar="PX", help="(default: 64)")
     add("--device", help="cuda, cuda:1, mps or cpu (default: the first of them that is there)")
     add("--dtype", choices=["bfloat16", "float16", "float32"], help="(default: bfloat16, on the CPU float32)")
@@ -114,16 +118,17 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         raise UsageError(f"{args.images}: no such folder")
     if args.tile_size and args.tile_size % 16:
         raise UsageError(f"argument --tile-size: must be a multiple of 16 px, not {args.tile_size}")
+    args.model = [model for model in args.model if model != "none"]
     for model in args.model:
-        check_repository("--model", model, "model_index.json")
+        check_repository("--model", locate_model(model), "model_index.json")
     for projector in args.projector:
         if projector is not None:
             check_repository("--projector", projector, "dino_projector/config.json", "config.json")
     if not args.model and (args.projector != [None] or args.ablate):
-        raise UsageError("--projector and --ablate need --model")
+        raise UsageError("--projector and --ablate need a model, not --model none")
     args.baselines = choose_baselines(args.baselines)
     if not args.baselines and not args.model:
-        raise UsageError("--baselines none needs --model: there is nothing to compare")
+        raise UsageError("--baselines none and --model none: there is nothing to compare")
     return args
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from upscale import ROOT  # puts the root folder on the path
 
-from dino_projector.demo_checkpoint import find_demo_checkpoint
+from dino_projector.demo_checkpoint import DEMO_FOLDER
 from flux_dino_tile.upscale import Parser, UsageError, hide_loading_bars, nonempty, number
 
 
@@ -45,7 +45,7 @@ def build_parser() -> Parser:
     add = parser.add_argument
     folder_help = "`final` of a finished training, or a whole pipeline with dino_projector/"
     add("folder", nargs="?", type=nonempty, help=folder_help)
-    add("--demo", action="store_true", help="publish the small checkpoint that this program comes with, once it does")
+    add("--demo", action="store_true", help="publish the small checkpoint that this program comes with")
     add("repository", metavar="owner/name", type=nonempty, help="on the Hub; made if it is not there")
 
     add = parser.add_argument_group("contents").add_argument
@@ -99,9 +99,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     if args.demo == (args.folder is not None):
         raise UsageError("give either a folder or --demo, and the repository owner/name")
     if args.demo:
-        args.folder = find_demo_checkpoint()
-    if args.folder is None:
-        raise UsageError("--demo: no small checkpoint comes with this program yet")
+        args.folder = DEMO_FOLDER
     if not Path(args.folder).is_dir():
         raise UsageError(f"{args.folder}: no such folder")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", args.repository):

@@ -14,9 +14,9 @@
 
 """Enlarges many images of random sizes with one pipeline, and reports how main memory grows.
 
-    python scripts/soak.py DIR --images 200
+    python scripts/soak.py --images 200
 
-DIR is the folder of a FLUX.1 pipeline; a dino_projector/ in it is used. Each image goes the way of `upscale.py`: read
+A dino_projector/ in the model's folder is used. Each image goes the way of `upscale.py`: read
 from a file, enlarged twice, written to a file. Exit status: 0, or 1 if memory grew by more than `--max-growth`.
 """
 
@@ -32,6 +32,7 @@ import psutil  # type: ignore[import-untyped]
 import upscale  # noqa: F401 puts the root folder on the path
 from PIL import Image
 
+from dino_projector.demo_checkpoint import EMBEDDED
 from flux_dino_tile.upscale import FluxEnlarger, Job, attempt, load_flux, parse_arguments, upscale_file
 
 
@@ -76,7 +77,7 @@ def soak(model: str, count: int, warm_up: int, folder: Path) -> list[float]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder of a FLUX.1 pipeline")
+    parser.add_argument("--model", default=EMBEDDED, help="folder of a FLUX.1 pipeline (default: the embedded one)")
     parser.add_argument("--images", type=int, default=200, help="images to enlarge (default: 200)")
     parser.add_argument("--warm-up", type=int, default=20, help="images before memory is compared (default: 20)")
     parser.add_argument("--max-growth", type=float, default=64, help="growth in MiB that is allowed (default: 64)")

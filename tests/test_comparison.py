@@ -117,10 +117,10 @@ def test_a_second_call_makes_only_what_is_missing(report, photos, model, tmp_pat
 
 def test_another_picture_under_the_same_name_is_made_anew(photos, tmp_path):
     folder = shutil.copytree(photos, tmp_path / "photos")
-    assert run(folder, tmp_path / "report") == 0
+    assert run(folder, tmp_path / "report", "--model", "none") == 0
     before = results(tmp_path / "report")
     Image.open(folder / "dogs.png").point(lambda value: value // 2).save(folder / "dogs.png")
-    assert run(folder, tmp_path / "report") == 0
+    assert run(folder, tmp_path / "report", "--model", "none") == 0
     changed = [
         old["image"]
         for old, new in zip(before["records"], results(tmp_path / "report")["records"])
@@ -157,7 +157,7 @@ def test_small_pictures_without_reference(photos, tmp_path):
     folder = tmp_path / "small"
     folder.mkdir()
     Image.open(photos / "dogs.png").resize((30, 20)).save(folder / "dogs.png")
-    assert run(folder, tmp_path / "report", "--no-reference", "--scale", 3) == 0
+    assert run(folder, tmp_path / "report", "--no-reference", "--scale", 3, "--model", "none") == 0
     found = results(tmp_path / "report")
     assert found["records"][0]["size"] == [90, 60]
     assert found["missing"]["PSNR (dB)"] == "the pictures have no reference"
@@ -179,11 +179,11 @@ def test_references_are_cut_to_whole_pixels(tmp_path, photos):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--ablate", "fusion"], "--projector and --ablate need --model"),
+        (["--model", "none", "--ablate", "fusion"], "--projector and --ablate need a model, not --model none"),
         (["--model", "nowhere"], "--model nowhere: no such folder"),
         (["--strengths", "0,-1"], "argument --strengths: must be a number from 0 to 100, not '-1'"),
         (["--baselines", "magic"], "argument --baselines: must be of bicubic, lanczos, realesrgan, none, not 'magic'"),
-        (["--baselines", "none"], "--baselines none needs --model"),
+        (["--baselines", "none", "--model", "none"], "there is nothing to compare"),
         (["--tile-size", "50"], "must be a multiple of 16 px, not 50"),
     ],
 )
@@ -371,7 +371,7 @@ def test_names_cannot_break_out_of_the_page(browser, photos, tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()
     shutil.copy(photos / "dogs.png", folder / "<b>x< !--.png")
-    assert run(folder, tmp_path / "report") == 0
+    assert run(folder, tmp_path / "report", "--model", "none") == 0
     open_page(browser, tmp_path / "report")
     assert js(browser, "document.getElementById('picture').selectedOptions[0].textContent") == "<b>x< !--.png"
     assert [entry for entry in browser.get_log("browser") if entry["level"] != "INFO"] == []

@@ -15,14 +15,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FluxImg2ImgPipeline
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from hub_server import HubServer
-from pipeline_flux_dino_tile import DinoProjector
+from pipeline_flux_dino_tile import DinoProjector, FluxDinoTilePipeline
 from tiny_models import DINO_DIM, JOINT_ATTENTION_DIM, POOLED_DIM, ROOT, tiny_components, tiny_dino
 
 
@@ -445,3 +447,19 @@ def test_saved_files(outcome, folder):
         ".py",
         ".safetensors",
     }
+
+
+def test_a_saved_model_brings_its_start_and_its_tiles(tmp_path):
+    FluxDinoTilePipeline(**tiny_components(), default_start_sigma=0.1, default_tile_size=80).save_pretrained(tmp_path)
+    pipe = FluxDinoTilePipeline.from_pretrained(tmp_path)
+    assert pipe.get_default_settings(None, None, None, None, None)[2] == 0.1
+    assert pipe.get_default_settings(None, None, 0.2, None, None)[2] == 0.2
+    assert pipe.get_default_settings(0.5, None, None, None, None)[2] is None
+    sizes = [(plan.tile_height, plan.tile_width) for plan in (pipe.plan_tiles(96, 32), pipe.plan_tiles(96, 128, 96))]
+    assert sizes == [(80, 32), (96, 96)]
+    call = {"image": Image.new("RGB", (48, 48)), "upscale_factor": 2, "tile_overlap": 16, "prompt": "a photo"}
+    pictures = [
+        np.asarray(pipe(**call, generator=torch.Generator().manual_seed(0), **options).images[0])
+        for options in ({}, {"start_sigma": 0.1, "tile_size": 80}, {"start_sigma": 0.2})
+    ]
+    assert np.array_equal(pictures[0], pictures[1]) and not np.array_equal(pictures[0], pictures[2])

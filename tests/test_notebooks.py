@@ -1,8 +1,8 @@
-"""The notebook: its two forms are one, and all its cells run on a CPU, with a small model of random weights."""
+"""The notebook: its two forms are one, and all its cells run on a CPU, with the embedded checkpoint."""
 
 import pytest
 
-from tiny_models import ROOT, save_tiny_pipeline
+from tiny_models import ROOT
 
 
 jupytext = pytest.importorskip("jupytext")
@@ -18,15 +18,12 @@ def test_both_forms_are_one():
 
 
 @pytest.fixture(scope="module")
-def executed(tmp_path_factory):
+def executed():
     nbclient = pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
-    checkpoint = tmp_path_factory.mktemp("notebook")
-    save_tiny_pipeline(checkpoint)
     notebook = jupytext.read(TEXT)
     client = nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(TEXT.parent)}})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CHECKPOINT", str(checkpoint))
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
         client.execute()
     return {cell.source: cell.outputs for cell in notebook.cells if cell.cell_type == "code"}

@@ -32,6 +32,7 @@ from pipeline_flux_dino_tile import DEFAULT_TILE_OVERLAP
 from ..checkpoints import replace_folder
 from ..data import Record, find_pictures, read_picture, report_skipped, sample_rng
 from ..degradation import degrade
+from ..demo_checkpoint import locate_model
 from ..metrics import overlap_disagreement
 from .baselines import enlarge
 from .measure import measure
@@ -248,7 +249,7 @@ def picture_key(sample: Sample, setting: Setting, other: Sample) -> str:
     for picture in (sample.small, sample.reference, other.small if setting.tokens == "other" else None):
         digest.update(b"" if picture is None else picture.tobytes())
     for source in (setting.model, setting.projector):
-        digest.update(json.dumps(fingerprint(source)).encode())
+        digest.update(json.dumps(fingerprint(source and locate_model(source))).encode())
     return digest.hexdigest()
 
 

@@ -14,6 +14,7 @@
 
 """Puts the stages' models together to the checkpoint, a folder for `from_pretrained` and `load_dino_projector`."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -32,6 +33,9 @@ CHECKPOINT_FOLDER = "checkpoint"
 PROJECTOR_RUN_FOLDER = "projector"
 MAX_FILE_BYTES = 16 * 2**20
 MAX_TOTAL_BYTES = 48 * 2**20
+# Chosen on training photos (docs/demo_training.md): with more noise the small transformer paints over what is there.
+START_SIGMA = 0.05
+TILE_SIZE = 544  # px: two tiles for 1024, each as large as the largest crops of the training, and the overlap
 
 
 def assemble(work: Path) -> Path:
@@ -43,7 +47,8 @@ def assemble(work: Path) -> Path:
     projectors = list_checkpoints(work / PROJECTOR_RUN_FOLDER)
 
     def write(folder: Path) -> None:
-        make_pipeline(vae, transformer).save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+        pipe = make_pipeline(vae, transformer, default_start_sigma=START_SIGMA, default_tile_size=TILE_SIZE)
+        pipe.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
         # Where the checkpoint lies within this project, the pipeline is installed.
         (folder / f"{MODULE_NAME}.py").unlink()
         shutil.copytree(encoder, folder / ENCODER_FOLDER)
@@ -51,10 +56,19 @@ def assemble(work: Path) -> Path:
         if projectors:
             projector = DinoProjector.from_pretrained(projectors[-1] / PROJECTOR_FOLDER, **dtype)
             projector.save_pretrained(folder / PROJECTOR_FOLDER)
+        for config in folder.rglob("*.json"):
+            forget_origin(config)
         check_sizes(folder)
 
     replace_folder(work / CHECKPOINT_FOLDER, write)
     return work / CHECKPOINT_FOLDER
+
+
+def forget_origin(path: Path) -> None:
+    """Takes the folder that a model was loaded from out of its config; it means nothing elsewhere."""
+    config = json.loads(path.read_text())
+    if config.pop("_name_or_path", None) is not None:
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def check_sizes(folder: Path, max_file: int = MAX_FILE_BYTES, max_total: int = MAX_TOTAL_BYTES) -> int:

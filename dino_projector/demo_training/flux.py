@@ -30,6 +30,7 @@ position modes of a projector can be compared on one transformer.
 
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,10 +55,11 @@ START_SIGMAS = (0.05, 0.6)
 MEASURE_SIGMAS = (0.2, 0.35, 0.5, 0.8)
 
 
-def make_pipeline(vae, transformer) -> FluxDinoTilePipeline:
+def make_pipeline(vae, transformer, **defaults) -> FluxDinoTilePipeline:
     """Without text encoders; calls need `prompt_embeds`, or the embeddings that come with a projector."""
-    without = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
-    return FluxDinoTilePipeline(FlowMatchEulerDiscreteScheduler(shift=1.0), vae, transformer=transformer, **without)
+    without: dict[str, Any] = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    return FluxDinoTilePipeline(scheduler, vae, transformer=transformer, **without, **defaults)
 
 
 def draw_sigmas(count: int, num_restored: int, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
