@@ -2,11 +2,15 @@
 
 import os
 
-import torch
-from hypothesis import settings
+
+# The models are tiny: threads cost more than they give, above all with several test processes. Those that tests start
+# read it from the environment.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 
-# The models are tiny: threads cost more than they give, above all with several test processes.
 torch.set_num_threads(1)
 
 # A fixed choice of examples on every machine; set HYPOTHESIS_PROFILE=explore to look for new ones.
