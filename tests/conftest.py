@@ -7,8 +7,8 @@ import os
 # read it from the environment.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch  # noqa: E402
-from hypothesis import settings  # noqa: E402
+import torch
+from hypothesis import settings
 
 
 torch.set_num_threads(1)
