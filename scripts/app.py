@@ -211,14 +211,14 @@ def build_app(page: Page):
         )
         with gr.Row():
             with gr.Column():
-                photo = gr.Image(sources=["upload"], label="Photo", elem_id="photo")
+                photo: Any = gr.Image(sources=["upload"], label="Photo", elem_id="photo")
                 # The file as it is: Gradio would decode it, whatever its size.
                 photo.preprocess = lambda payload: payload and payload.path
                 scale = gr.Slider(1, 8, 4, step=0.5, label="Scale")
                 strength = gr.Slider(
                     0,
                     2,
-                    0.6,
+                    1,
                     step=0.1,
                     label="DINO strength (0 is off)",
                     interactive=has_projector,
@@ -248,12 +248,11 @@ def launch(app, own: argparse.Namespace, **options):
     """Serves the page; fonts are the system's, so that nothing is fetched from elsewhere."""
     import gradio as gr
 
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     return app.launch(
         server_name=own.host,
         server_port=own.port or None,
         max_file_size=f"{own.max_upload}mb",
-        theme=gr.themes.Default(**fonts),
+        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         share=False,
         show_error=True,
         **options,

@@ -86,8 +86,8 @@ def check_hash(photo: Photo, file: Path) -> None:
 
 def write_photo(file: Path, photo: Photo, folder: Path, max_side: int | None) -> None:
     """Copies the file as it is, or writes a JPEG shrunk to `max_side` px on its longer side if that is more."""
-    with Image.open(file) as picture:
-        longer_side = max(picture.size)
+    with Image.open(file) as opened:
+        longer_side = max(opened.size)
     if max_side is None or longer_side <= max_side:
         shutil.copyfile(file, folder / f"{photo.name}{file.suffix.lower()}")
         return
