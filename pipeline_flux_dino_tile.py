@@ -267,12 +267,18 @@ def tile_starts(length: int, size: int, overlap: int) -> list[int]:
     return [(2 * index * span + count - 1) // (2 * (count - 1)) for index in range(count)]
 
 
+def handover(overlap: int) -> torch.Tensor:
+    """
+    Weights `(overlap,)` of a tile in its overlap with the one before it: a raised cosine as wide as the overlap.
+
+    The usual Gaussian hands over within a few cells however wide the overlap is.
+    """
+    return torch.sin(torch.pi / 2 * (torch.arange(overlap, dtype=torch.float64) + 0.5) / overlap) ** 2
+
+
 def axis_windows(starts: Sequence[int], size: int) -> torch.Tensor:
     """
-    Blending weights along one axis.
-
-    A tile hands over to its neighbour in a raised cosine as wide as their overlap. (The usual Gaussian hands over
-    within a few cells however wide the overlap is.) Where more than two tiles meet, the weights are normalised.
+    Blending weights along one axis, from [`handover`]; where more than two tiles meet, they are normalised.
 
     Args:
         starts (`Sequence[int]`): First cell of each tile, ascending, without gaps.
@@ -284,7 +290,7 @@ def axis_windows(starts: Sequence[int], size: int) -> torch.Tensor:
     windows = torch.ones(len(starts), size, dtype=torch.float64)
     for index, (start, next_start) in enumerate(itertools.pairwise(starts)):
         overlap = start + size - next_start
-        ramp = torch.sin(torch.pi / 2 * (torch.arange(overlap, dtype=torch.float64) + 0.5) / overlap) ** 2
+        ramp = handover(overlap)
         windows[index, size - overlap :] *= ramp.flip(0)
         windows[index + 1, :overlap] *= ramp
     total = torch.zeros(starts[-1] + size, dtype=torch.float64)

@@ -28,7 +28,7 @@ from flux_dino_tile.upscale import FLUX_DEFAULTS, Parser, UsageError, check_repo
 
 
 BASELINES = ("bicubic", "lanczos", "realesrgan")
-ABLATIONS = ("fusion", "overlap", "color-fix")
+ABLATIONS = ("fusion", "overlap", "color-fix", "window")
 EPILOG = """examples:
   compare.py photos/ --out report
   compare.py photos/ --out report --model black-forest-labs/FLUX.1-schnell --projector runs/first/final

@@ -13,7 +13,8 @@ from training_runs import save_photos
 from dino_projector.comparison import baselines, statistics
 from dino_projector.comparison.measure import METRICS
 from dino_projector.comparison.statistics import choose_pairs, label_settings, sign_flip_test
-from dino_projector.comparison.sweep import Setting, load_samples, make_settings, run_sweep
+from dino_projector.comparison.sweep import WINDOWS, Setting, blend_by, load_samples, make_settings, run_sweep
+from pipeline_flux_dino_tile import plan_tiles
 from tiny_models import save_tiny_pipeline, tiny_pipeline
 
 
@@ -51,7 +52,7 @@ FLUX = ("--steps", 1, "--tile-size", 64, "--tile-overlap", 32, "--strengths", "0
 @pytest.fixture(scope="module")
 def report(photos, model, tmp_path_factory):
     output = tmp_path_factory.mktemp("report")
-    assert run(photos, output, "--model", model, *FLUX, "--ablate", "fusion") == 0
+    assert run(photos, output, "--model", model, *FLUX, "--ablate", "fusion,window") == 0
     return output
 
 
@@ -62,12 +63,24 @@ def results(report) -> dict:
 # ---- The sweep -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("window", WINDOWS)
+def test_every_window_sums_to_one(window):
+    plan = plan_tiles(96, 208, 64, 24, pixels_per_token=8)
+    total = np.zeros((plan.height, plan.width))
+    with blend_by(window):
+        for tile, weights in zip(plan, plan.windows()):
+            total[tile.top : tile.top + plan.tile_height, tile.left : tile.left + plan.tile_width] += weights.numpy()
+    assert len(plan) > 4 and np.allclose(total, 1, atol=1e-6)
+
+
 def test_every_picture_is_enlarged_by_every_setting(report, photos, capsys):
     found = results(report)
-    assert len(found["records"]) == len(PICTURES) * 7
+    assert len(found["records"]) == len(PICTURES) * 9
     labels = {"bicubic", "lanczos", "FLUX without DINO", "DINO 0.5", "DINO 1", "DINO 1, another picture's"}
-    labels = {label if label in ("bicubic", "lanczos") else f"{label}, fusion step" for label in labels}
-    assert set(found["means"]) == labels | {"DINO 1, fusion final"}
+    tried = {"step, window cosine"} | {"final, window cosine", "step, window linear", "step, window box"}
+    labels = {label if label in ("bicubic", "lanczos") else f"{label}, fusion step, window cosine" for label in labels}
+    assert set(found["means"]) == labels | {f"DINO 1, fusion {way}" for way in tried}
+    assert len({found["means"][f"DINO 1, fusion {way}"]["psnr_y"][0] for way in tried}) == len(tried)
     rows = list(csv.DictReader((report / "results.csv").open()))
     assert len(rows) == len(found["records"])
     assert float(rows[0]["psnr_y"]) == found["records"][0]["scores"]["psnr_y"]
@@ -101,7 +114,7 @@ def test_a_second_call_makes_only_what_is_missing(report, photos, model, tmp_pat
     times = {path: path.stat().st_mtime_ns for path in records}
     lost = records[3].parent
     shutil.rmtree(lost)
-    assert run(photos, output, "--model", model, *FLUX, "--ablate", "fusion") == 0
+    assert run(photos, output, "--model", model, *FLUX, "--ablate", "fusion,window") == 0
     made = [path for path in sorted(output.glob("pictures/*/*/record.json")) if path.stat().st_mtime_ns != times[path]]
     assert made == [lost / "record.json"]
     assert "broken.png: skipped" in capsys.readouterr().err

@@ -18,15 +18,17 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import groupby, product
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+import pipeline_flux_dino_tile
 from pipeline_flux_dino_tile import DEFAULT_TILE_OVERLAP
 
 from ..checkpoints import replace_folder
@@ -46,6 +48,13 @@ ABLATIONS: dict[str, tuple[str, tuple]] = {
     "fusion": ("tile_fusion", ("step", "final")),
     "overlap": ("tile_overlap", (32, 64, 128)),
     "color-fix": ("color_fix", (None, "wavelet", "adain")),
+    "window": ("window", ("cosine", "linear", "box")),
+}
+# How a tile hands over to the next, beside the pipeline's raised cosine: weights `(overlap,)` of the next.
+WINDOWS: dict[str, Callable[[int], torch.Tensor]] = {
+    "cosine": pipeline_flux_dino_tile.handover,
+    "linear": lambda overlap: (torch.arange(overlap, dtype=torch.float64) + 0.5) / overlap,
+    "box": lambda overlap: (torch.arange(overlap) >= overlap // 2).double(),
 }
 
 
@@ -73,6 +82,7 @@ class Setting(NamedTuple):
     tile_overlap: int = DEFAULT_TILE_OVERLAP
     tile_fusion: str = "step"
     color_fix: str | None = None
+    window: str = "cosine"
 
     @property
     def folder(self) -> str:
@@ -185,6 +195,11 @@ def watch_tiles(pipe) -> Iterator[list[torch.Tensor]]:
         del pipe.predict_tile_velocities
 
 
+def blend_by(window: str) -> AbstractContextManager:
+    """The pipeline has one window; within this context it blends by another."""
+    return mock.patch.object(pipeline_flux_dino_tile, "handover", WINDOWS[window])
+
+
 def tile_arguments(setting: Setting) -> dict[str, Any]:
     return {"tile_size": setting.tile_size, "tile_overlap": setting.tile_overlap}
 
@@ -192,7 +207,7 @@ def tile_arguments(setting: Setting) -> dict[str, Any]:
 def enlarge_flux(pipe, sample: Sample, setting: Setting, plan: Any, features) -> tuple[Image.Image, dict]:
     """The enlargement, and what only the run knows."""
     width, height = sample.size
-    with watch_tiles(pipe) as clean:
+    with watch_tiles(pipe) as clean, blend_by(setting.window):
         picture = pipe(
             image=sample.small,
             height=height,
