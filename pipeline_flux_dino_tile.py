@@ -1137,7 +1137,9 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         # `ModelMixin.to(dtype)` warns about modules to keep in float32, also where there are none.
         projector = DinoProjector.from_pretrained(folder, use_safetensors=True, torch_dtype=dtype)
         encoder = dino_encoder
-        if not isinstance(encoder, PreTrainedModel):
+        if isinstance(encoder, PreTrainedModel):
+            self.check_dino_components(encoder.config, projector)
+        else:
             name = projector.config.dino_model if encoder is None else str(encoder)
             location = {}
             if name is None:
@@ -1155,7 +1157,6 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
                     f"`dino_encoder` {name} has weights that do not fit its config. Pass the encoder that the"
                     " projector was trained with."
                 ) from error
-        self.check_dino_components(encoder.config, projector)
         default_prompt_embeds = load_prompt_embeds(repo, revision, token)
         if default_prompt_embeds is not None:
             dims = self.transformer.config.joint_attention_dim, self.transformer.config.pooled_projection_dim

@@ -209,7 +209,7 @@ def build_parser() -> Parser:
         action="store_true",
         help="print each image's FLUX tiles and their cost and stop; reads only the headers of the images, so that a "
         "damaged one may pass; needs no model, but reads the architecture from --model if that is a folder (default: "
-        "that of FLUX.1)",
+        "that of FLUX.1; with --use-flux that of the small model)",
     )
     parser.add_argument(
         "--summary",
@@ -1000,6 +1000,28 @@ def usage_errors(option: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise UsageError(f"{option}: {first_line(error)}") from error
+
+
+def run_script(name: str, script: Callable[[], None], farewell: str = "interrupted") -> int:
+    """The exit status of a script of this project: 0, 1 if it failed, 2 for wrong usage, 130 after Ctrl-C."""
+
+    def say_why(text: str) -> None:
+        print(f"{name}: error: {text}", file=sys.stderr, flush=True)
+
+    # transformers reads it when it is imported.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        script()
+    except UsageError as error:
+        say_why(str(error))
+        return 2
+    except (OSError, ValueError, RuntimeError) as error:
+        say_why(first_line(error))
+        return 1
+    except KeyboardInterrupt:
+        say_why(farewell)
+        return 130
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -15,20 +15,28 @@
 """Shows what DINO adds on a folder of pictures: enlarges them in many ways, measures, and writes a report."""
 
 import argparse
-import os
 import sys
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 
 import upscale  # noqa: F401 puts the root folder on the path
 
+from dino_projector.comparison import ABLATIONS
 from dino_projector.demo_checkpoint import EMBEDDED, locate_model
-from flux_dino_tile.image_files import first_line
-from flux_dino_tile.upscale import FLUX_DEFAULTS, Parser, UsageError, check_repository, load_flux, nonempty, number
+from flux_dino_tile.upscale import (
+    FLUX_DEFAULTS,
+    Parser,
+    UsageError,
+    check_repository,
+    load_flux,
+    nonempty,
+    number,
+    run_script,
+)
 
 
 BASELINES = ("bicubic", "lanczos", "realesrgan")
-ABLATIONS = ("fusion", "overlap", "color-fix", "window")
 EPILOG = """examples:
   compare.py photos/ --out report
   compare.py photos/ --out report --model black-forest-labs/FLUX.1-schnell --projector runs/first/final
@@ -48,7 +56,7 @@ def split_values(kind, text: str) -> list:
     return list(dict.fromkeys(kind(part.strip()) for part in text.split(",")))
 
 
-def one_of(choices: tuple[str, ...]):
+def one_of(choices: Collection[str]):
     def parse(text: str) -> str:
         if text not in choices:
             raise argparse.ArgumentTypeError(f"must be of {', '.join(choices)}, not {text!r}")
@@ -196,27 +204,11 @@ def compare(args: argparse.Namespace, argv: list[str]) -> Path:
     return write_report(results, data)
 
 
-def say_error(text: str) -> None:
-    print(f"compare.py: error: {text}", file=sys.stderr, flush=True)
-
-
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    # transformers reads it when it is imported.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    try:
-        args = parse_arguments(argv)
-        print(compare(args, argv))
-    except UsageError as error:
-        say_error(str(error))
-        return 2
-    except (OSError, ValueError, RuntimeError) as error:
-        say_error(first_line(error))
-        return 1
-    except KeyboardInterrupt:
-        say_error("interrupted; the same command goes on")
-        return 130
-    return 0
+    return run_script(
+        "compare.py", lambda: print(compare(parse_arguments(argv), argv)), "interrupted; the same command goes on"
+    )
 
 
 if __name__ == "__main__":

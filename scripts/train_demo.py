@@ -22,12 +22,11 @@ from pathlib import Path
 
 import upscale  # noqa: F401 puts the root folder on the path
 
-from flux_dino_tile.image_files import first_line
-from flux_dino_tile.upscale import Parser, UsageError, hide_loading_bars, nonempty, number
+from flux_dino_tile.upscale import Parser, UsageError, hide_loading_bars, nonempty, number, run_script
 
 
-STAGES = ("vae", "dino", "flux", "decoder", "projector", "assemble", "evaluate")
-TRAINING_STAGES = STAGES[:5]
+TRAINING_STAGES = ("vae", "dino", "flux", "decoder", "projector")
+STAGES = (*TRAINING_STAGES, "assemble", "evaluate")
 
 EPILOG = """The stages need those before them: vae, dino, flux, decoder, projector, assemble, evaluate. Called again,
 one that trains goes on from where it was. docs/demo_training.md describes them.
@@ -51,8 +50,8 @@ def build_parser() -> Parser:
     add("--position-mode", choices=["zero", "tile"], default="tile", help="of the projector's tokens (default: tile)")
     add("--token-grid", type=number(int, 1), metavar="N", help="N x N tokens of the projector (default: by --size)")
     add("--workers", type=number(int, 0), metavar="N", help="that load photos for the projector (default: by machine)")
-    add("--tile-size", type=number(int, 16), metavar="PX", help="in the evaluation (default: planned)")
-    add("--start-sigma", type=number(float, 0.01, 1), metavar="SIGMA", help="in the evaluation")
+    add("--tile-size", type=number(int, 16), metavar="PX", help="in the evaluation (default: the checkpoint's)")
+    add("--start-sigma", type=number(float, 0.01, 1), metavar="SIGMA", help="likewise")
     add("--cpu", action="store_true", help="leave GPUs alone")
     return parser
 
@@ -148,28 +147,13 @@ def run_evaluation(args: argparse.Namespace, sizes, device) -> dict:
     return numbers
 
 
-def say_error(text: str) -> None:
-    print(f"train_demo.py: error: {text}", file=sys.stderr, flush=True)
-
-
 def main(argv: list[str] | None = None) -> int:
-    # transformers reads it when it is imported.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    try:
+    def script() -> None:
         args = parse_arguments(sys.argv[1:] if argv is None else argv)
         hide_loading_bars()
-        numbers = run(args)
-    except UsageError as error:
-        say_error(str(error))
-        return 2
-    except (OSError, ValueError, RuntimeError) as error:
-        say_error(first_line(error))
-        return 1
-    except KeyboardInterrupt:
-        say_error("interrupted")
-        return 130
-    print(f"{args.stage}: {json.dumps(numbers)}")
-    return 0
+        print(f"{args.stage}: {json.dumps(run(args))}")
+
+    return run_script("train_demo.py", script)
 
 
 if __name__ == "__main__":

@@ -13,3 +13,11 @@
 # limitations under the License.
 
 """What DINO adds, on a person's own pictures: enlargements by many settings, numbers about them, and a report."""
+
+# What `--ablate` tries instead of the defaults, one at a time.
+ABLATIONS: dict[str, tuple[str, tuple]] = {
+    "fusion": ("tile_fusion", ("step", "final")),
+    "overlap": ("tile_overlap", (32, 64, 128)),
+    "color-fix": ("color_fix", (None, "wavelet", "adain")),
+    "window": ("window", ("cosine", "linear", "box")),
+}

@@ -36,6 +36,7 @@ from ..data import Record, find_pictures, read_picture, report_skipped, sample_r
 from ..degradation import degrade
 from ..demo_checkpoint import locate_model
 from ..metrics import overlap_disagreement
+from . import ABLATIONS
 from .baselines import enlarge
 from .measure import measure
 
@@ -43,13 +44,6 @@ from .measure import measure
 MIN_SIDE = 16  # px of the small picture, as much as SSIM's window and a token of FLUX need
 RECORD_NAME = "record.json"
 PICTURE_NAME = "picture.png"
-# What `--ablate` tries instead of the defaults, one at a time.
-ABLATIONS: dict[str, tuple[str, tuple]] = {
-    "fusion": ("tile_fusion", ("step", "final")),
-    "overlap": ("tile_overlap", (32, 64, 128)),
-    "color-fix": ("color_fix", (None, "wavelet", "adain")),
-    "window": ("window", ("cosine", "linear", "box")),
-}
 # How a tile hands over to the next, beside the pipeline's raised cosine: weights `(overlap,)` of the next.
 WINDOWS: dict[str, Callable[[int], torch.Tensor]] = {
     "cosine": pipeline_flux_dino_tile.handover,

@@ -14,7 +14,6 @@
 
 """Puts the stages' models together to the checkpoint, a folder for `from_pretrained` and `load_dino_projector`."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel
 from pipeline_flux_dino_tile import MODULE_NAME, PROMPT_EMBEDS_NAME, DinoProjector
 
 from ..checkpoints import list_checkpoints, replace_folder
-from ..models import ENCODER_FOLDER, PROJECTOR_FOLDER
+from ..models import ENCODER_FOLDER, PROJECTOR_FOLDER, forget_origin
 from .flux import make_pipeline
 from .stages import MAX_SHARD_SIZE, find_trained
 
@@ -62,13 +61,6 @@ def assemble(work: Path) -> Path:
 
     replace_folder(work / CHECKPOINT_FOLDER, write)
     return work / CHECKPOINT_FOLDER
-
-
-def forget_origin(path: Path) -> None:
-    """Takes the folder that a model was loaded from out of its config; it means nothing elsewhere."""
-    config = json.loads(path.read_text())
-    if config.pop("_name_or_path", None) is not None:
-        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def check_sizes(folder: Path, max_file: int = MAX_FILE_BYTES, max_total: int = MAX_TOTAL_BYTES) -> int:

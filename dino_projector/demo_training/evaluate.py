@@ -66,8 +66,8 @@ class Upscaled:
         photo (`torch.Tensor`): Bytes `(3, height, width)`.
         other (`torch.Tensor`): Another photo, whose tokens are tried too.
         side (`int`): Of the enlargement, in pixels.
-        tile_size (`int`, *optional*): In pixels; the planner's choice by default.
-        start_sigma (`float`, *optional*): The pipeline's default if not given.
+        tile_size (`int`, *optional*): In pixels; the checkpoint's default if not given.
+        start_sigma (`float`, *optional*): The checkpoint's default if not given.
         seed (`int`): Of the noise.
     """
 

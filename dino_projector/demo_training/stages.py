@@ -122,6 +122,10 @@ class Stage:
         replace_folder(self.folder / STATE_FOLDER, write_state)
         replace_folder(self.folder / MODEL_FOLDER, self.save_model)
 
+    def load_copies(self, model_folder: Path) -> None:
+        for model in self.copies:
+            model.load_state_dict(type(model).from_pretrained(model_folder).state_dict())
+
     def load_module(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
         module = self.modules[name]
         module.load_state_dict({key: tensors[f"{name}.{key}"] for key in module.state_dict()})
@@ -132,8 +136,7 @@ class Stage:
         if not folder.is_dir():
             if model_folder.is_dir():
                 print(f"{self.name}: starts from {model_folder}, which has no state beside it", flush=True)
-                for model in self.copies:
-                    model.load_state_dict(type(model).from_pretrained(model_folder).state_dict())
+                self.load_copies(model_folder)
             return
         saved = json.loads((folder / "step.json").read_text())
         if saved["seed"] != self.seed:

@@ -185,10 +185,9 @@ class DecoderStage(VaeStage):
     def __init__(self, sizes: Sizes, photos: list[torch.Tensor], work: Path, seed: int, device: torch.device):
         super().__init__(sizes, photos, work, seed, device)
         folder = find_trained(work, "vae")
-        trained = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32)
-        self.scaling_factor, self.shift_factor = trained.config.scaling_factor, trained.config.shift_factor
-        for vae in self.copies:
-            vae.load_state_dict(trained.state_dict())
+        self.load_copies(folder)
+        config = AutoencoderKL.load_config(folder)
+        self.scaling_factor, self.shift_factor = config["scaling_factor"], config["shift_factor"]
         state = folder.with_name(STATE_FOLDER)
         if state.is_dir():
             self.load_module("adversary", load_shards(state))

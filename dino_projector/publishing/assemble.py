@@ -29,7 +29,14 @@ import pipeline_flux_dino_tile
 from pipeline_flux_dino_tile import MODULE_NAME, PROMPT_EMBEDS_NAME, DinoProjector
 
 from ..cache import TensorCache, TextEmbeddings
-from ..models import ENCODER_FOLDER, FACTS_NAME, PROJECTOR_FOLDER, load_default_text_tokens, load_text_pipeline
+from ..models import (
+    ENCODER_FOLDER,
+    FACTS_NAME,
+    PROJECTOR_FOLDER,
+    forget_origin,
+    load_default_text_tokens,
+    load_text_pipeline,
+)
 from .card import make_card, read_report, validation_table
 from .licences import APACHE, DINOV3, FLUX_DEV, FLUX_DEV_NOTICE, Licence, choose_licence, model_licence
 
@@ -149,12 +156,9 @@ def check_source(source: Path) -> None:
 def copy_file(source: Path, target: Path) -> None:
     """Copies a file; a config without the folder that its model was loaded from."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    if source.name == "config.json":
-        config = json.loads(source.read_text())
-        if config.pop("_name_or_path", None) is not None:
-            target.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-            return
     shutil.copyfile(source, target)
+    if target.name == "config.json":
+        forget_origin(target)
 
 
 def copy_models(source: Path, folder: Path) -> None:
