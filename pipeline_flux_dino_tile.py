@@ -104,7 +104,7 @@ CHECKPOINT_NAME = "checkpoint.safetensors"
 # What a resumed call may change: it does not decide the canvas, or `tiles` and the size do in its place.
 FREE_ARGUMENTS = (
     *("self", "output_type", "return_dict", "callback_on_step_end", "callback_on_step_end_tensor_inputs", "color_fix"),
-    *("upscale_factor", "tile_size", "tile_overlap", "tile_batch_size"),
+    *("vae_residual", "upscale_factor", "tile_size", "tile_overlap", "tile_batch_size"),
     *("checkpoint_dir", "checkpoint_steps", "process_group"),
     *("return_diagnostics", "suspect_threshold"),
 )
@@ -1025,6 +1025,8 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         default_tile_size (`int`, *optional*):
             Side in pixels of the tiles of a call that says nothing else, for a transformer that was trained on no
             larger pictures. Planned by default.
+        default_vae_residual (`bool`, *optional*, defaults to `False`):
+            Whether a call that says nothing else adds what the VAE loses of the input, for a VAE that loses much.
     """
 
     # Running a model frees the one before it. DINO may not run, so it must not stand between T5 and the transformer.
@@ -1057,6 +1059,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         dino_projector: DinoProjector | None = None,
         default_start_sigma: float = 0.35,
         default_tile_size: int | None = None,
+        default_vae_residual: bool = False,
     ):
         super().__init__(
             scheduler=scheduler,
@@ -1070,7 +1073,11 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             feature_extractor=feature_extractor,
         )
         self.register_modules(dino_encoder=dino_encoder, dino_projector=dino_projector)
-        self.register_to_config(default_start_sigma=default_start_sigma, default_tile_size=default_tile_size)
+        self.register_to_config(
+            default_start_sigma=default_start_sigma,
+            default_tile_size=default_tile_size,
+            default_vae_residual=default_vae_residual,
+        )
         self.default_prompt_embeds: tuple[torch.Tensor, torch.Tensor] | None = None
         self._kept_tile_size: tuple[int, int] | None = None
 
@@ -1372,16 +1379,26 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             )
         return skip_flat_tiles
 
-    def check_result_inputs(self, image, color_fix, output_type, callback_on_step_end, tensor_inputs):
-        r"""Checks what the result and the callback need; raises a `ValueError`."""
+    def check_result_inputs(
+        self, image, color_fix, vae_residual, output_type, callback_on_step_end, tensor_inputs
+    ) -> bool:
+        r"""
+        Checks what the result and the callback need; raises a `ValueError`. Returns `vae_residual`, or the model's
+        default where the call decodes an image.
+        """
         check_choice("color_fix", color_fix, (None, "wavelet", "adain"))
+        check_choice("vae_residual", vae_residual, (None, False, True))
         check_choice("output_type", output_type, ("pil", "np", "pt", "latent"))
-        if color_fix is not None and (self.is_latent_image(image) or output_type == "latent"):
+        has_latents = self.is_latent_image(image) or output_type == "latent"
+        if color_fix is not None and has_latents:
             raise ValueError(f"`color_fix` {color_fix!r} needs an image and a decoded result, not latents. Pass None.")
+        if vae_residual and has_latents:
+            raise ValueError("`vae_residual` needs an image and a decoded result, not latents. Pass False.")
         if callback_on_step_end is not None and not callable(callback_on_step_end):
             raise ValueError(f"`callback_on_step_end` must be callable but is {callback_on_step_end!r}.")
         if not isinstance(tensor_inputs, (list, tuple)) and (callback_on_step_end or tensor_inputs is not None):
             raise ValueError(f"`callback_on_step_end_tensor_inputs` must be a list but is {tensor_inputs!r}.")
+        return (self.config.default_vae_residual and not has_latents) if vae_residual is None else vae_residual
 
     def check_diagnosis_inputs(self, image, output_type, latents, suspect_threshold, redo_start_sigma, start_sigma):
         r"""Checks what a diagnosis of the tiles, and doing some again, need; raises a `ValueError`."""
@@ -1678,13 +1695,15 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         pixels = image if tile is None else image[tile.slices()].to(self._execution_device)
         return pixels if pixels.is_floating_point() else self.image_processor.normalize(pixels.float() / 255)
 
-    def encode_tiles(self, image: torch.Tensor, plan: TilePlan, generator, process_group=None) -> torch.Tensor:
+    def encode_tiles(
+        self, image: torch.Tensor, plan: TilePlan, generator, process_group=None, sample_mode: str = "sample"
+    ) -> torch.Tensor:
         r"""
         Encodes a prepared image `(batch, 3, height, width)` tile by tile to scaled latents in float32 of shape
         `(batch, latent channels, rows, columns)`.
 
         The tiles' posteriors are blended before one sample is drawn for the whole image, so that the result does not
-        depend on the order of the tiles.
+        depend on the order of the tiles. With the `sample_mode` "argmax" it is their mode, without `generator`.
         """
         is_finite: list[torch.Tensor] = []
         tiles = share_work(lambda tile: self.encode_tile(self.crop_pixels(image, tile)), plan, process_group)
@@ -1697,7 +1716,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             parts = blended.split(1) if len(generators) > 1 else [blended]
             latents = torch.cat(
                 [
-                    retrieve_latents(AutoencoderKLOutput(DiagonalGaussianDistribution(part)), generator=generator)
+                    retrieve_latents(AutoencoderKLOutput(DiagonalGaussianDistribution(part)), generator, sample_mode)
                     for part, generator in zip(parts, generators)
                 ]
             )
@@ -1727,6 +1746,21 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             check_finite(is_finite, "the result as the VAE decodes it", VAE_REMEDY, plan)
             yield strip
 
+    def decode_strips_with_residual(
+        self, latents: torch.Tensor, plan: TilePlan, image: torch.Tensor, num_prompts: int, process_group=None
+    ) -> Iterator[torch.Tensor]:
+        r"""
+        The strips of [`~FluxDinoTilePipeline.decode_strips`] with what the VAE loses of a prepared image: the image
+        less what it decodes to, without a step of the transformer.
+        """
+        modes = self.encode_tiles(image, plan, None, process_group, sample_mode="argmax")
+        kept, top = self.decode_strips(modes, plan, process_group), 0
+        for strip, kept_strip in zip(self.decode_strips(latents, plan, process_group), kept):
+            bottom = top + strip.shape[2]
+            residual = self.crop_pixels(image[:, :, top:bottom]).to(strip.device) - kept_strip
+            yield strip + self.expand_images(residual, num_prompts, len(strip))
+            top = bottom
+
     def decode_image(
         self,
         latents: torch.Tensor,
@@ -1734,14 +1768,15 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         height: int,
         width: int,
         output_type: str,
+        decode: Callable[..., Iterator[torch.Tensor]],
         fix_color: Callable[[torch.Tensor], torch.Tensor] | None = None,
-        process_group=None,
     ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
         r"""
         Decodes latents to the output of `height` and `width` in pixels, put together in main memory: "pil" from bytes,
-        "np" and "pt" from floats in [0, 1]. `fix_color` gets and returns the whole padded image, on the CPU.
+        "np" and "pt" from floats in [0, 1]. `decode` makes strips of `latents` and `plan`. `fix_color` gets and
+        returns the whole padded image, on the CPU.
         """
-        strips: Iterable[torch.Tensor] = self.decode_strips(latents, plan, process_group)
+        strips: Iterable[torch.Tensor] = decode(latents, plan)
         if fix_color is not None:
             strips = [fix_color(torch.cat([strip.cpu() for strip in strips], dim=2))]
         parts = [self.finish_strip(strip[..., :width], output_type) for strip in strips]
@@ -1749,6 +1784,15 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         if output_type == "pt":
             return pixels.permute(0, 3, 1, 2).contiguous()
         return [PIL.Image.fromarray(image) for image in pixels.numpy()] if output_type == "pil" else pixels.numpy()
+
+    def choose_decoder(
+        self, residual_image: torch.Tensor | None, num_prompts: int, process_group=None
+    ) -> Callable[..., Iterator[torch.Tensor]]:
+        r"""What makes strips of latents and a plan: with what the VAE loses of `residual_image`, if that is given."""
+        if residual_image is None:
+            return partial(self.decode_strips, process_group=process_group)
+        known = {"image": residual_image, "num_prompts": num_prompts, "process_group": process_group}
+        return partial(self.decode_strips_with_residual, **known)
 
     def finish_strip(self, strip: torch.Tensor, output_type: str) -> torch.Tensor:
         r"""
@@ -1762,7 +1806,13 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
 
     @torch.no_grad()
     def decode_pixels(
-        self, latents: torch.Tensor, plan: TilePlan, height: int, width: int, process_group=None
+        self,
+        latents: torch.Tensor,
+        plan: TilePlan,
+        height: int,
+        width: int,
+        process_group=None,
+        residual_image: torch.Tensor | None = None,
     ) -> Iterator[np.ndarray]:
         r"""
         Decodes a result of `output_type="latent"` without holding the picture: yields its pixels from top to bottom as
@@ -1775,12 +1825,15 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             width (`int`): Width of the output in pixels.
             process_group (`torch.distributed.ProcessGroup`, *optional*):
                 The processes that share the decoding. Every one of them has to take all the pixels.
+            residual_image (`torch.Tensor`, *optional*):
+                For a result with `vae_residual`: the call's image from [`~FluxDinoTilePipeline.prepare_image`].
 
         Raises:
             `FloatingPointError`: If the decoded pixels have NaN or infinite values.
         """
         canvas, top = self.unpack_canvas(latents, plan.height, plan.width), 0
-        for strip in self.decode_strips(canvas, plan, process_group):
+        decode = self.choose_decoder(residual_image, len(canvas), process_group)
+        for strip in decode(canvas, plan):
             for rows in strip[:, :, : height - top, :width].split(FINISHED_ROWS, dim=2):
                 yield self.finish_strip(rows, "pil").numpy()
             top += strip.shape[2]
@@ -2220,6 +2273,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         dino_guidance_end: float = 1.0,
         dino_embeds: torch.Tensor | None = None,
         color_fix: str | None = None,
+        vae_residual: bool | None = None,
         skip_flat_tiles: bool | float = False,
         checkpoint_dir: str | Path | None = None,
         checkpoint_steps: int = 1,
@@ -2326,6 +2380,9 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
                 Features from [`~FluxDinoTilePipeline.encode_dino`].
             color_fix (`str`, *optional*):
                 "wavelet" takes the low frequencies from the input, "adain" the mean and deviation of each channel.
+            vae_residual (`bool`, *optional*, defaults to the pipeline's `default_vae_residual`, `False`):
+                Adds what the VAE loses of the input, such as grain and lettering: the input less what it decodes to,
+                without a step of the transformer. It costs another encoding and another decoding. Not for latents.
             skip_flat_tiles (`bool` or `float`, defaults to `False`):
                 Leaves flat tiles, such as clear sky, at the input's latents instead of denoising them. A tile is flat
                 if its [`tile_contrast`] is at most this number in (0, 1], 0.01 for `True`, and DINO, where it is on,
@@ -2333,8 +2390,8 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             checkpoint_dir (`str` or `Path`, *optional*):
                 Folder for this image's checkpoint, made if missing: the canvas after a step, the generator and the
                 settings. The same call goes on from it and gives the same image; a call with other settings is
-                refused, but `output_type`, `color_fix` and `tile_batch_size` may change. What a callback keeps is not
-                saved. Delete the folder once the image is saved.
+                refused, but `output_type`, `color_fix`, `vae_residual` and `tile_batch_size` may change. What a
+                callback keeps is not saved. Delete the folder once the image is saved.
             checkpoint_steps (`int`, defaults to 1):
                 Steps from one checkpoint to the next; the last step always makes one.
             process_group (`torch.distributed.ProcessGroup`, *optional*):
@@ -2398,8 +2455,8 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         check_integer("tile_batch_size", tile_batch_size, 1, "It is the number of tiles in one transformer call.")
         check_choice("tile_fusion", tile_fusion, ("step", "final"))
         max_contrast = self.check_flat_tile_inputs(skip_flat_tiles, image, latents)
-        self.check_result_inputs(
-            image, color_fix, output_type, callback_on_step_end, callback_on_step_end_tensor_inputs
+        vae_residual = self.check_result_inputs(
+            image, color_fix, vae_residual, output_type, callback_on_step_end, callback_on_step_end_tensor_inputs
         )
         self.check_prompt_inputs(texts, embeds, max_sequence_length, joint_attention_kwargs)
         self.check_inputs(
@@ -2562,7 +2619,8 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             if color_fix is not None:
                 reference = self.expand_images(self.crop_pixels(canvas_image), num_prompts, batch_size)
                 fix_color = partial(match_color, reference=reference, method=color_fix)
-            images = self.decode_image(canvas, plan, height, width, output_type, fix_color, process_group)
+            decode = self.choose_decoder(canvas_image if vae_residual else None, num_prompts, process_group)
+            images = self.decode_image(canvas, plan, height, width, output_type, decode, fix_color)
 
         # 8. Compare the tiles with the input's, and redo those that show something else
         output = FluxDinoTilePipelineOutput(images)
@@ -2578,7 +2636,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
                 noisy = self.add_noise(image_latents, timesteps[:1], generator)
                 redone = (self.get_tile_batches(indices, tile_batch_size), dino, (branches, guidance))
                 canvas = self.redo_tiles(canvas, noisy, suspects, timesteps, plan, *redone, true_cfg_scale)
-                images = self.decode_image(canvas, plan, height, width, output_type, fix_color)
+                images = self.decode_image(canvas, plan, height, width, output_type, decode, fix_color)
                 output = self.diagnose_tiles(images, plan, features, suspect_threshold)
 
         # Offload all models

@@ -80,6 +80,7 @@ FLUX_DEFAULTS = {
     "offload": "none",
     "memory": None,
     "color_fix": None,
+    "vae_residual": None,
     "compile": False,
     "resume": False,
     "checkpoint_steps": 1,
@@ -272,6 +273,11 @@ def build_parser() -> Parser:
         "--color-fix",
         choices=["none", "wavelet", "adain"],
         help="match the colours to the input: its low frequencies, or its mean and spread (default: none)",
+    )
+    add(
+        "--vae-residual",
+        action=argparse.BooleanOptionalAction,
+        help="add what the VAE loses of the input, such as grain; costs time (default: the model's, for FLUX.1 no)",
     )
 
     add = group("tiles (with --use-flux or --plan)")
@@ -620,12 +626,15 @@ class FluxEnlarger:
         width, height = size
         latents = self.call(image, size, "latent", checkpoint_dir).images
         plan = self.pipe.plan_tiles(height, width, self.args.tile_size, self.args.tile_overlap)
+        residual_image = None
+        if self.args.vae_residual:
+            residual_image = self.pipe.prepare_image(image.convert("RGB"), height, width)
         wide_alpha = None
         if has_alpha(image):
             wide_alpha = BicubicEnlarger().whole(image.getchannel("A"), (width, image.height))
         top = 0
         with self.ending_all():
-            for pixels in self.pipe.decode_pixels(latents, plan, height, width, self.process_group):
+            for pixels in self.pipe.decode_pixels(latents, plan, height, width, self.process_group, residual_image):
                 bottom = top + pixels.shape[1]
                 alpha = wide_alpha and resize_rows(wide_alpha, height, top, bottom)
                 yield as_source(Image.fromarray(pixels[0]), image, alpha)
@@ -664,6 +673,7 @@ class FluxEnlarger:
                         max_sequence_length=args.text_tokens,
                         skip_flat_tiles=args.skip_flat_tiles or False,
                         color_fix=args.color_fix,
+                        vae_residual=args.vae_residual and output_type != "latent",
                         # On the CPU, so that a seed means the same noise on every machine.
                         generator=torch.Generator("cpu").manual_seed(args.seed),
                         output_type=output_type,
@@ -756,6 +766,8 @@ def load_flux(args: argparse.Namespace):
     if args.dtype == "float16" and pipe.vae.config.get("force_upcast"):
         # The VAE's own word that it overflows in float16.
         pipe.vae.to(torch.float32)
+    if args.vae_residual is None:
+        args.vae_residual = pipe.config.default_vae_residual or None
     args.steps, args.guidance, args.start_sigma = pipe.get_default_settings(
         None, None, args.start_sigma, args.steps, args.guidance
     )

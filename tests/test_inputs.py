@@ -206,6 +206,7 @@ BAD_CALL_VALUES = {
     "dino_embeds": [3, "cat", FEATURES.tolist(), FEATURES.numpy(), FEATURES[0], FEATURES[..., 1:]]
     + [FEATURES.repeat(2, 1, 1, 1, 1), FEATURES.repeat(1, 2, 1, 1, 1), FEATURES[:, :, :0]],
     "color_fix": ["lab", 3, True, ["adain"]],
+    "vae_residual": ["yes", 3, [True]],
 }
 
 
@@ -454,6 +455,10 @@ BAD_COMBINATIONS = {
         "None",
         {"callback_on_step_end": print, "callback_on_step_end_tensor_inputs": None},
     ),
+    "the residual of latents": Case(
+        "vae_residual", "not latents", {"image": LATENTS, "vae_residual": True, "dino_conditioning_scale": 0}
+    ),
+    "a residual at the end": Case("vae_residual", "not latents", {"output_type": "latent", "vae_residual": True}),
     "latents to colour at the end": Case("color_fix", "wavelet", {"output_type": "latent", "color_fix": "wavelet"}),
     # DINO
     "start after end": Case("dino_guidance_end", r"0\.2", {"dino_guidance_start": 0.8, "dino_guidance_end": 0.2}),

@@ -449,8 +449,9 @@ def test_saved_files(outcome, folder):
     }
 
 
-def test_a_saved_model_brings_its_start_and_its_tiles(tmp_path):
-    FluxDinoTilePipeline(**tiny_components(), default_start_sigma=0.1, default_tile_size=80).save_pretrained(tmp_path)
+def test_a_saved_model_brings_its_defaults(tmp_path):
+    defaults = {"default_start_sigma": 0.1, "default_tile_size": 80, "default_vae_residual": True}
+    FluxDinoTilePipeline(**tiny_components(), **defaults).save_pretrained(tmp_path)
     pipe = FluxDinoTilePipeline.from_pretrained(tmp_path)
     assert pipe.get_default_settings(None, None, None, None, None)[2] == 0.1
     assert pipe.get_default_settings(None, None, 0.2, None, None)[2] == 0.2
@@ -460,6 +461,14 @@ def test_a_saved_model_brings_its_start_and_its_tiles(tmp_path):
     call = {"image": Image.new("RGB", (48, 48)), "upscale_factor": 2, "tile_overlap": 16, "prompt": "a photo"}
     pictures = [
         np.asarray(pipe(**call, generator=torch.Generator().manual_seed(0), **options).images[0])
-        for options in ({}, {"start_sigma": 0.1, "tile_size": 80}, {"start_sigma": 0.2})
+        for options in (
+            {},
+            {"start_sigma": 0.1, "tile_size": 80, "vae_residual": True},
+            {"start_sigma": 0.2},
+            {"vae_residual": False},
+        )
     ]
-    assert np.array_equal(pictures[0], pictures[1]) and not np.array_equal(pictures[0], pictures[2])
+    assert np.array_equal(pictures[0], pictures[1])
+    assert not np.array_equal(pictures[0], pictures[2]) and not np.array_equal(pictures[0], pictures[3])
+    # A default does not ask for pixels where a call has none.
+    assert pipe(**call, output_type="latent").images.shape == (1, 36, 16)

@@ -160,8 +160,9 @@ def test_order_of_a_batch(pipe, prompts, num_images, num_images_per_prompt):
         assert_same(result, single[0])
 
 
-def test_pixels_with_several_results(pipe):
-    results = upscale(pipe, num_images_per_prompt=2, output_type="pt", color_fix="wavelet")
+@pytest.mark.parametrize("option", [{"color_fix": "wavelet"}, {"vae_residual": True}])
+def test_pixels_with_several_results(pipe, option):
+    results = upscale(pipe, num_images_per_prompt=2, output_type="pt", **option)
     assert results.shape == (2, 3, 48, 64)
     assert_different(*results)
 
@@ -827,6 +828,39 @@ def test_adain_takes_mean_and_deviation_of_the_input(pipe, monkeypatch):
         expected = statistic(source, (2, 3))
         assert_same(statistic(result, (2, 3)), expected, 1e-3)
         assert (statistic(plain, (2, 3)) - expected).abs().max() > 0.02
+
+
+# ---- What the VAE loses --------------------------------------------------------------------------------------------
+
+
+def pixels_to_decode(pipe):
+    """A prepared picture of several tiles, their plan, and the latents that the VAE makes of it."""
+    plan = pipe.plan_tiles(48, 64, 48, 16)
+    image = pipe.prepare_image(PHOTO, 48, 64)
+    return image, plan, pipe.encode_tiles(image, plan, None, sample_mode="argmax")
+
+
+def test_untouched_latents_decode_to_the_input(pipe):
+    image, plan, latents = pixels_to_decode(pipe)
+    assert len(plan) > 1
+    plain = torch.cat(list(pipe.decode_strips(latents, plan)), dim=2)
+    result = torch.cat(list(pipe.decode_strips_with_residual(latents, plan, image, 1)), dim=2)
+    assert_same(result, pipe.crop_pixels(image))
+    assert_different(plain, pipe.crop_pixels(image))
+
+
+def test_the_residual_is_the_same_whatever_is_drawn(pipe, monkeypatch):
+    """The whole call adds the input less its own reconstruction, to every result, by pixels and by rows."""
+    monkeypatch.setattr(pipe.image_processor, "postprocess", lambda images, output_type: images / 2 + 0.5)
+    image, plan, latents = pixels_to_decode(pipe)
+    call = {"image": PHOTO, "upscale_factor": 2, "tile_size": 48, "tile_overlap": 16}
+    plain, result = (upscale(pipe, **call, output_type="pt", vae_residual=kept) for kept in (False, True))
+    reconstruction = torch.cat(list(pipe.decode_strips(latents, plan)), dim=2)
+    assert_same(result - plain, (pipe.crop_pixels(image) - reconstruction) / 2, 1e-5)
+    monkeypatch.undo()
+    packed, picture = upscale(pipe, **call), upscale(pipe, **call, output_type="pil", vae_residual=True)[0]
+    rows = list(pipe.decode_pixels(packed, plan, 48, 64, residual_image=image))
+    assert np.array_equal(np.concatenate(rows, axis=1)[0], np.asarray(picture))
 
 
 # ---- Projectors ----------------------------------------------------------------------------------------------------

@@ -348,6 +348,7 @@ def test_flux_options_need_use_flux(folder, capsys, option):
         "dtype": ["float32"],
         "offload": ["model"],
         "color_fix": ["adain"],
+        "vae_residual": [],
         "skip_flat_tiles": ["0.02"],
         "quantize": ["nf4"],
         "compile": [],
@@ -505,7 +506,17 @@ def test_flux_gives_what_the_pipeline_gives(folder, tiny_model):
     from pipeline_flux_dino_tile import FluxDinoTilePipeline
 
     options = ["--scale", "2", "--prompt", "a dög", "--start-sigma", "0.5", "--seed", "3", "--tile-size", "32"]
-    options += ["--tile-overlap", "16", "--dino-strength", "0.5", "--color-fix", "wavelet", "--tile-batch-size", "2"]
+    options += [
+        "--tile-overlap",
+        "16",
+        "--dino-strength",
+        "0.5",
+        "--color-fix",
+        "wavelet",
+        "--tile-batch-size",
+        "2",
+        "--vae-residual",
+    ]
     assert flux(tiny_model, folder / "photo.png", folder / "out.png", *options) == 0
 
     pipe = FluxDinoTilePipeline.from_pretrained(tiny_model)
@@ -520,6 +531,7 @@ def test_flux_gives_what_the_pipeline_gives(folder, tiny_model):
         tile_overlap=16,
         dino_conditioning_scale=0.5,
         color_fix="wavelet",
+        vae_residual=True,
         generator=torch.Generator().manual_seed(3),
     ).images[0]
     result = Image.open(folder / "out.png")
@@ -541,6 +553,7 @@ def test_flux_gives_what_the_pipeline_gives(folder, tiny_model):
         "seed": 3,
         "dtype": "float32",
         "color_fix": "wavelet",
+        "vae_residual": True,
     }
 
 

@@ -19,5 +19,6 @@ ABLATIONS: dict[str, tuple[str, tuple]] = {
     "fusion": ("tile_fusion", ("step", "final")),
     "overlap": ("tile_overlap", (32, 64, 128)),
     "color-fix": ("color_fix", (None, "wavelet", "adain")),
+    "vae-residual": ("vae_residual", (False, True)),
     "window": ("window", ("cosine", "linear", "box")),
 }

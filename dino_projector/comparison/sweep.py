@@ -76,6 +76,7 @@ class Setting(NamedTuple):
     tile_overlap: int = DEFAULT_TILE_OVERLAP
     tile_fusion: str = "step"
     color_fix: str | None = None
+    vae_residual: bool | None = None
     window: str = "cosine"
 
     @property
@@ -210,6 +211,7 @@ def enlarge_flux(pipe, sample: Sample, setting: Setting, plan: Any, features) ->
             num_inference_steps=setting.steps,
             tile_fusion=setting.tile_fusion,
             color_fix=setting.color_fix,
+            vae_residual=setting.vae_residual,
             dino_conditioning_scale=setting.strength,
             dino_embeds=features,
             # On the CPU, so that a seed means the same noise on every machine.
