@@ -25,11 +25,13 @@ import upscale  # noqa: F401 puts the root folder on the path
 from flux_dino_tile.upscale import Parser, UsageError, hide_loading_bars, nonempty, number, run_script
 
 
-TRAINING_STAGES = ("vae", "dino", "flux", "decoder", "projector")
+SHARED_STAGES = ("vae", "dino", "flux", "decoder")  # by several processes
+TRAINING_STAGES = (*SHARED_STAGES, "projector")
 STAGES = (*TRAINING_STAGES, "assemble", "evaluate")
 
 EPILOG = """The stages need those before them: vae, dino, flux, decoder, projector, assemble, evaluate. Called again,
-one that trains goes on from where it was. docs/demo_training.md describes them.
+one that trains goes on from where it was. torchrun shares one of the first four among GPUs. docs/demo_training.md
+describes them.
 Exit status: 0 done; 1 the stage failed; 2 wrong usage."""
 
 
@@ -96,6 +98,7 @@ def run_projector(args: argparse.Namespace, sizes) -> dict:
 def run(args: argparse.Namespace) -> dict:
     """Runs the stage; returns its numbers."""
     import torch
+    from accelerate import PartialState
 
     from dino_projector.demo_training.assemble import assemble, check_sizes
     from dino_projector.demo_training.crops import load_photos
@@ -103,11 +106,14 @@ def run(args: argparse.Namespace) -> dict:
     from dino_projector.demo_training.stages import run_stage
 
     sizes, work = SIZES[args.size], Path(args.work)
+    processes = PartialState(cpu=args.cpu or not torch.cuda.is_available())
+    if processes.num_processes > 1 and args.stage not in SHARED_STAGES:
+        raise UsageError(f"the stage {args.stage} runs in one process, not in {processes.num_processes}")
     if args.stage == "projector":
         return run_projector(args, sizes)
     if args.stage == "assemble":
         return {"bytes": check_sizes(assemble(work))}
-    device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
+    device = processes.device
     if args.stage == "evaluate":
         return run_evaluation(args, sizes, device)
 
@@ -118,7 +124,9 @@ def run(args: argparse.Namespace) -> dict:
     stages = {stage.name: stage for stage in (VaeStage, DinoStage, FluxStage, DecoderStage)}
     train, held_out = (load_photos(Path(args.photos, part), device) for part in ("train", "held_out"))
     stage = stages[args.stage](sizes, train, work, args.seed, device)
-    return run_stage(stage, held_out, args.seconds, args.steps)
+    numbers = run_stage(stage, held_out, args.seconds, args.steps)
+    processes.destroy_process_group()
+    return numbers
 
 
 def run_evaluation(args: argparse.Namespace, sizes, device) -> dict:
@@ -151,7 +159,9 @@ def main(argv: list[str] | None = None) -> int:
     def script() -> None:
         args = parse_arguments(sys.argv[1:] if argv is None else argv)
         hide_loading_bars()
-        print(f"{args.stage}: {json.dumps(run(args))}")
+        numbers = run(args)
+        if numbers:
+            print(f"{args.stage}: {json.dumps(numbers)}")
 
     return run_script("train_demo.py", script)
 

@@ -17,7 +17,9 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import train_demo
@@ -25,6 +27,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
 from training_runs import save_photos
+from worker_runs import exit_codes, make_context, outputs, start_ranks
 
 from dino_projector import metrics
 from dino_projector.data import sample_rng
@@ -36,12 +39,13 @@ from dino_projector.demo_training.crops import (
     cut_crop,
     degrade_crops,
     draw_crops,
+    lanczos_weights,
     load_photos,
     make_pyramid,
 )
 from dino_projector.demo_training.dino import DinoStage, balance, linear_r2
 from dino_projector.demo_training.evaluate import evaluate, format_table
-from dino_projector.demo_training.flux import FluxStage, draw_sigmas, lead_from_degraded
+from dino_projector.demo_training.flux import FluxStage, draw_sigmas, lead_from_degraded, loss_weights
 from dino_projector.demo_training.sizes import SIZES, count_weights, make_dino, make_transformer, make_vae
 from dino_projector.demo_training.stages import load_shards, run_stage, save_shards, update_average
 from dino_projector.demo_training.vae import DecoderStage, VaeStage
@@ -113,6 +117,46 @@ def test_a_stage_that_goes_on_equals_one_that_was_not_stopped(name, loaded, work
 def test_a_stage_ends_with_its_time(loaded, tmp_path):
     stage = DinoStage(TINY, loaded[0], tmp_path, 0, CPU)
     assert run_stage(stage, loaded[1], 0.0, None)["steps"] == 0
+
+
+def test_processes_share_a_stage(photos, loaded, tmp_path, monkeypatch):
+    """One step of two processes is the update by the mean of the gradients that each would have alone."""
+    argv = command(photos, tmp_path, "vae", "--steps", 1)
+    ranks = start_ranks(make_context(), train_demo.main, 2, tmp_path, argv)
+    assert exit_codes(ranks) == [0, 0], outputs(tmp_path, 2)
+    first, second = outputs(tmp_path, 2)
+    assert 'vae: {"steps": 1' in first and "vae" not in second
+
+    gradients = []
+
+    def collect(found, _processes):
+        gradients.append(found)
+        return found
+
+    def average(_found, _processes):
+        return [torch.stack(pair).mean(0) for pair in zip(*gradients)]
+
+    for rank, step in ((0, collect), (1, collect), (0, average)):
+        monkeypatch.setattr(stages, "average_over_processes", step)
+        stage = VaeStage(SIZES["tiny"], loaded[0], tmp_path, 0, CPU)
+        stage.processes = SimpleNamespace(num_processes=2, process_index=rank)
+        stage.train_step()
+    saved = load_shards(tmp_path / "vae" / stages.STATE_FOLDER)
+    for key, tensor in stage.vae.state_dict().items():
+        torch.testing.assert_close(saved[f"vae.{key}"], tensor)
+    assert not all(torch.equal(*pair) for pair in zip(*gradients))
+
+
+def test_a_stage_of_several_processes_ends_with_its_time(photos, tmp_path):
+    argv = command(photos, tmp_path, "dino", "--seconds", 0.5)
+    assert exit_codes(start_ranks(make_context(), train_demo.main, 2, tmp_path, argv)) == [0, 0]
+    assert json.loads((tmp_path / "dino" / stages.STATE_FOLDER / "step.json").read_text())["step"] > 0
+
+
+def test_other_stages_run_alone(photos, work, tmp_path):
+    argv = command(photos, work, "assemble")
+    assert exit_codes(start_ranks(make_context(), train_demo.main, 2, tmp_path, argv)) == [2, 2]
+    assert "the stage assemble runs in one process, not in 2" in outputs(tmp_path, 2)[0]
 
 
 def test_another_seed_is_refused(loaded, work):
@@ -233,9 +277,19 @@ def test_the_path_of_a_restored_crop_leads_from_the_degraded_latents_to_the_shar
 
 def test_restored_crops_lie_below_their_start():
     sigmas, starts = draw_sigmas(200, 100, sample_rng(0, 0))
-    assert (sigmas[:100] <= starts).all() and sigmas.min() >= 0.02
-    assert starts.min() >= 0.05 and starts.max() <= 0.6
+    assert (sigmas[:100] <= starts).all() and sigmas.min() >= 0.01
+    assert starts.min() >= 0.04 and starts.max() <= 0.6
     assert sigmas[100:].max() > 0.9
+    assert 30 < (sigmas[:100] == starts).sum() < 70
+
+
+def test_a_restored_crop_counts_by_its_latents_not_by_the_length_of_its_path():
+    """An error of the same size in the latents after one step must weigh the same from every start."""
+    starts = torch.tensor([0.05, 0.1, 0.6])
+    weights = loss_weights(5, starts)
+    assert weights[3:].tolist() == [1, 1]
+    velocity_errors = 0.1 / starts
+    torch.testing.assert_close(weights[:3] * velocity_errors**2, torch.full((3,), 0.1**2 / 0.6**2))
 
 
 def test_photos_that_are_too_small_are_said(loaded, tmp_path):
@@ -275,6 +329,14 @@ def test_a_linear_readout_finds_what_is_linear():
     targets = features @ torch.randn(5, 2, generator=generator) + 3
     assert linear_r2(features[:200], targets[:200], features[200:], targets[200:]) == pytest.approx(1, abs=1e-3)
     assert linear_r2(features[:200], noise[:200], features[200:], noise[200:]) == pytest.approx(0, abs=0.1)
+
+
+@pytest.mark.parametrize("length", [8, 21])
+def test_degraded_crops_are_enlarged_as_pil_enlarges(length):
+    picture = np.random.default_rng(0).integers(64, 192, (length, length)).astype(np.float32)
+    weights = lanczos_weights(length, 64)
+    enlarged = Image.fromarray(picture).resize((64, 64), Image.Resampling.LANCZOS)
+    np.testing.assert_allclose(weights @ torch.from_numpy(picture) @ weights.T, np.asarray(enlarged), atol=1e-2)
 
 
 def test_degraded_crops_keep_size_and_brightness():

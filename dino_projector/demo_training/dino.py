@@ -129,7 +129,7 @@ class DinoStage(Stage):
         self.optimizers = {"student": self.make_optimizer(self.student, weight_decay=0.04)}
 
     def train_step(self) -> dict[str, torch.Tensor]:
-        rng = sample_rng(self.seed, self.step)
+        rng = self.step_rng()
         sharp = draw_crops(self.photos, self.sizes.batch, self.sizes.crop, rng)
         degraded = degrade_crops(sharp, rng)
         patches = (self.sizes.crop // PIXELS_PER_TOKEN) ** 2

@@ -15,15 +15,20 @@
 """A stage of the training: steps within a time, and checkpoints from which another call goes on exactly."""
 
 import json
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast, reduce
 from safetensors.torch import load_file, save_file
 
 from ..checkpoints import replace_folder
+from ..data import sample_rng
 from ..training import avoid_cudnn_attention
 from .crops import make_pyramid
 from .sizes import Sizes
@@ -35,6 +40,7 @@ MODEL_FOLDER = "model"
 MAX_SHARD_BYTES = 15 * 2**20
 MAX_SHARD_SIZE = "14MB"  # as `save_pretrained` takes it
 REPORT_STEPS = 100
+CLOCK_STEPS = 10  # of several processes between two looks at the first one's clock
 AVERAGE_DECAY = 0.999
 # The same for every stage: the learning rate rises, then stays, for nobody knows beforehand when a stage ends. What a
 # falling rate would bring, the averaged weights bring.
@@ -54,6 +60,8 @@ class Stage:
         work (`Path`): Folder of all stages.
         seed (`int`): Of the run.
         device (`torch.device`): To train on.
+
+    Several processes each draw crops of their own, and average their gradients.
     """
 
     name: str
@@ -64,6 +72,7 @@ class Stage:
         self.photos = [make_pyramid(photo, sizes.crop // 2) for photo in photos]
         self.folder = work / self.name
         self.step = 0
+        self.processes = PartialState()
         self.modules: dict[str, torch.nn.Module] = {}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.copies: list[Any] = []
@@ -81,6 +90,10 @@ class Stage:
         """Numbers of the averaged weights on photos that were not trained on."""
         raise NotImplementedError
 
+    def step_rng(self) -> np.random.Generator:
+        """All that is random about a step of this process."""
+        return sample_rng(self.seed, self.step, self.processes.process_index)
+
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
@@ -97,8 +110,9 @@ class Stage:
         optimizer.param_groups[0]["lr"] = self.learning_rate * min(1, (self.step + 1) / WARMUP_STEPS)
         inputs = parameters if working is None else list(working.parameters())
         gradients = torch.autograd.grad(loss, inputs, materialize_grads=True)
-        for parameter, gradient in zip(parameters, gradients):
-            parameter.grad = gradient.to(parameter.dtype)
+        precise = [gradient.to(parameter.dtype) for parameter, gradient in zip(parameters, gradients)]
+        for parameter, gradient in zip(parameters, average_over_processes(precise, self.processes)):
+            parameter.grad = gradient
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -185,6 +199,15 @@ def find_trained(work: Path, stage: str) -> Path:
     return folder
 
 
+def average_over_processes(tensors: Sequence[torch.Tensor], processes: PartialState) -> Sequence[torch.Tensor]:
+    """In one message."""
+    if processes.num_processes == 1:
+        return tensors
+    message = reduce(torch.cat([tensor.flatten() for tensor in tensors]), "mean")
+    parts = message.split([tensor.numel() for tensor in tensors])
+    return [part.view_as(tensor) for part, tensor in zip(parts, tensors)]
+
+
 @torch.no_grad()
 def copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> None:
     """Into a module of the same kind, whose precision may be another."""
@@ -200,24 +223,42 @@ def update_average(average: torch.nn.Module, model: torch.nn.Module, step: int, 
         kept.lerp_(new, 1 - decay)
 
 
+def is_time_over(end: float, stage: Stage) -> bool:
+    """The same for all processes: when the first one's clock says so."""
+    if stage.processes.num_processes == 1:
+        return time.monotonic() >= end
+    if stage.step % CLOCK_STEPS:
+        return False
+    return bool(broadcast(torch.tensor(float(time.monotonic() >= end), device=stage.device)))
+
+
 def run_stage(
     stage: Stage, held_out: list[torch.Tensor], seconds: float | None, max_steps: int | None
 ) -> dict[str, float]:
-    """Trains for at most `seconds`, or until `max_steps` in all; saves, and returns and prints the numbers."""
+    """
+    Trains for at most `seconds`, or until `max_steps` in all. The first process saves, and returns the numbers; the
+    others return none.
+    """
     avoid_cudnn_attention()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     stage.resume()
-    start, first = time.monotonic(), stage.step
+    start, first, is_main = time.monotonic(), stage.step, stage.processes.is_main_process
+    end = math.inf if seconds is None else start + seconds
     values: dict[str, torch.Tensor] = {}
-    while (seconds is None or time.monotonic() - start < seconds) and stage.step != max_steps:
+    while stage.step != max_steps and not is_time_over(end, stage):
         values = stage.train_step()
         stage.step += 1
-        if stage.step % REPORT_STEPS == 0 or stage.step == 1:
+        if is_main and (stage.step % REPORT_STEPS == 0 or stage.step == 1):
             text = " ".join(f"{name} {float(value):.4f}" for name, value in values.items())
             print(f"{stage.name} {stage.step} {time.monotonic() - start:.0f}s {text}", flush=True)
     spent = time.monotonic() - start
-    if not all(bool(torch.isfinite(value)) for value in values.values()):
+    # Averaged, so that all processes raise when one has to.
+    if not all(bool(torch.isfinite(reduce(value, "mean"))) for value in values.values()):
         raise ValueError(f"{stage.name}: the loss is not finite at step {stage.step}; the last checkpoint stays")
-    stage.save()
-    numbers = stage.measure(held_out)
-    return {"steps": stage.step, "steps_per_second": (stage.step - first) / max(spent, 1e-9), **numbers}
+    numbers: dict[str, float] = {}
+    if is_main:
+        stage.save()
+        numbers = {"steps": stage.step, "steps_per_second": (stage.step - first) / max(spent, 1e-9)}
+        numbers |= stage.measure(held_out)
+    stage.processes.wait_for_everyone()
+    return numbers

@@ -101,7 +101,7 @@ class VaeStage(Stage):
         return self.vae
 
     def train_step(self) -> dict[str, torch.Tensor]:
-        rng = sample_rng(self.seed, self.step)
+        rng = self.step_rng()
         # Half the side: convolutions need no more context. Half the batch: more steps help more than larger ones.
         images = draw_crops(self.photos, self.sizes.batch // 2, self.sizes.crop // 2, rng)
         with self.autocast():
