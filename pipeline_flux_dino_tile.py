@@ -1825,14 +1825,16 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             width (`int`): Width of the output in pixels.
             process_group (`torch.distributed.ProcessGroup`, *optional*):
                 The processes that share the decoding. Every one of them has to take all the pixels.
-            residual_image (`torch.Tensor`, *optional*):
-                For a result with `vae_residual`: the call's image from [`~FluxDinoTilePipeline.prepare_image`].
+            residual_image (`torch.Tensor` of shape `(num_images, 3, padded height, padded width)`, *optional*):
+                For a result with `vae_residual`: the call's images from [`~FluxDinoTilePipeline.prepare_image`], with
+                one prompt each. Then two rows of tiles are held.
 
         Raises:
             `FloatingPointError`: If the decoded pixels have NaN or infinite values.
         """
         canvas, top = self.unpack_canvas(latents, plan.height, plan.width), 0
-        decode = self.choose_decoder(residual_image, len(canvas), process_group)
+        num_prompts = 1 if residual_image is None else len(residual_image)
+        decode = self.choose_decoder(residual_image, num_prompts, process_group)
         for strip in decode(canvas, plan):
             for rows in strip[:, :, : height - top, :width].split(FINISHED_ROWS, dim=2):
                 yield self.finish_strip(rows, "pil").numpy()

@@ -626,14 +626,14 @@ class FluxEnlarger:
         width, height = size
         latents = self.call(image, size, "latent", checkpoint_dir).images
         plan = self.pipe.plan_tiles(height, width, self.args.tile_size, self.args.tile_overlap)
-        residual_image = None
-        if self.args.vae_residual:
-            residual_image = self.pipe.prepare_image(image.convert("RGB"), height, width)
         wide_alpha = None
         if has_alpha(image):
             wide_alpha = BicubicEnlarger().whole(image.getchannel("A"), (width, image.height))
         top = 0
         with self.ending_all():
+            residual_image = None
+            if self.args.vae_residual:
+                residual_image = self.pipe.prepare_image(image.convert("RGB"), height, width)
             for pixels in self.pipe.decode_pixels(latents, plan, height, width, self.process_group, residual_image):
                 bottom = top + pixels.shape[1]
                 alpha = wide_alpha and resize_rows(wide_alpha, height, top, bottom)

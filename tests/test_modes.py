@@ -863,6 +863,21 @@ def test_the_residual_is_the_same_whatever_is_drawn(pipe, monkeypatch):
     assert np.array_equal(np.concatenate(rows, axis=1)[0], np.asarray(picture))
 
 
+def test_every_result_gets_the_residual_of_its_own_image(pipe):
+    """Two results for each of two pictures: 0, 0, 1, 1."""
+    images = [PHOTO, PHOTO.transpose(Image.Transpose.ROTATE_180)]
+    call = {"image": images, "prompt": ["a photo"] * 2, "num_images_per_prompt": 2, "generator": None}
+    call |= {"upscale_factor": 2, "tile_size": 48, "tile_overlap": 16}
+    packed = upscale(pipe, **call)
+    plan = pipe.plan_tiles(48, 64, 48, 16)
+    prepared = pipe.prepare_image(images, 48, 64)
+    rows = np.concatenate(list(pipe.decode_pixels(packed, plan, 48, 64, residual_image=prepared)), axis=1)
+    for index, result in enumerate(rows):
+        own = prepared[index // 2 : index // 2 + 1]
+        single = list(pipe.decode_pixels(packed[index : index + 1], plan, 48, 64, residual_image=own))
+        assert np.abs(result.astype(int) - np.concatenate(single, axis=1)[0]).max() <= 1
+
+
 # ---- Projectors ----------------------------------------------------------------------------------------------------
 
 

@@ -152,13 +152,13 @@ def test_one_image_is_shared(context, tmp_path, photos, count):
     assert [" -> " in text for text in texts] == [True] + [False] * (count - 1)
 
 
-@pytest.mark.parametrize("suffix", [".png", ".tif"])
-def test_strips_of_one_image_are_shared(context, tmp_path, photos, suffix):
+@pytest.mark.parametrize(("suffix", "more"), [(".png", []), (".tif", ["--vae-residual"])])
+def test_strips_of_one_image_are_shared(context, tmp_path, photos, suffix, more):
     photo, names = photos / "1.png", [tmp_path / f"{name}{suffix}" for name in ("whole", "strips", "shared")]
-    assert command_line_alone(context, tmp_path, photo, names[0], *FLUX) == 0
+    assert command_line_alone(context, tmp_path, photo, names[0], *FLUX, *more) == 0
     for count, name in ((1, names[1]), (2, names[2])):
         faults = dict.fromkeys(range(count), write_in_strips)
-        codes, texts = run_command(context, count, tmp_path, photo, name, *FLUX, faults=faults)
+        codes, texts = run_command(context, count, tmp_path, photo, name, *FLUX, *more, faults=faults)
         assert codes == [0] * count, texts
     whole, strips, shared = (name.read_bytes() for name in names)
     assert shared == strips != whole
