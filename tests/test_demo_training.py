@@ -19,7 +19,6 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 import train_demo
@@ -39,13 +38,12 @@ from dino_projector.demo_training.crops import (
     cut_crop,
     degrade_crops,
     draw_crops,
-    lanczos_weights,
     load_photos,
     make_pyramid,
 )
 from dino_projector.demo_training.dino import DinoStage, balance, linear_r2
 from dino_projector.demo_training.evaluate import evaluate, format_table
-from dino_projector.demo_training.flux import FluxStage, draw_sigmas, lead_from_degraded, loss_weights
+from dino_projector.demo_training.flux import FluxStage, draw_sigmas, lead_from_degraded
 from dino_projector.demo_training.sizes import SIZES, count_weights, make_dino, make_transformer, make_vae
 from dino_projector.demo_training.stages import load_shards, run_stage, save_shards, update_average
 from dino_projector.demo_training.vae import DecoderStage, VaeStage
@@ -277,19 +275,9 @@ def test_the_path_of_a_restored_crop_leads_from_the_degraded_latents_to_the_shar
 
 def test_restored_crops_lie_below_their_start():
     sigmas, starts = draw_sigmas(200, 100, sample_rng(0, 0))
-    assert (sigmas[:100] <= starts).all() and sigmas.min() >= 0.01
-    assert starts.min() >= 0.04 and starts.max() <= 0.6
+    assert (sigmas[:100] <= starts).all() and sigmas.min() >= 0.02
+    assert starts.min() >= 0.05 and starts.max() <= 0.6
     assert sigmas[100:].max() > 0.9
-    assert 30 < (sigmas[:100] == starts).sum() < 70
-
-
-def test_a_restored_crop_counts_by_its_latents_not_by_the_length_of_its_path():
-    """An error of the same size in the latents after one step must weigh the same from every start."""
-    starts = torch.tensor([0.05, 0.1, 0.6])
-    weights = loss_weights(5, starts)
-    assert weights[3:].tolist() == [1, 1]
-    velocity_errors = 0.1 / starts
-    torch.testing.assert_close(weights[:3] * velocity_errors**2, torch.full((3,), 0.1**2 / 0.6**2))
 
 
 def test_photos_that_are_too_small_are_said(loaded, tmp_path):
@@ -329,14 +317,6 @@ def test_a_linear_readout_finds_what_is_linear():
     targets = features @ torch.randn(5, 2, generator=generator) + 3
     assert linear_r2(features[:200], targets[:200], features[200:], targets[200:]) == pytest.approx(1, abs=1e-3)
     assert linear_r2(features[:200], noise[:200], features[200:], noise[200:]) == pytest.approx(0, abs=0.1)
-
-
-@pytest.mark.parametrize("length", [8, 21])
-def test_degraded_crops_are_enlarged_as_pil_enlarges(length):
-    picture = np.random.default_rng(0).integers(64, 192, (length, length)).astype(np.float32)
-    weights = lanczos_weights(length, 64)
-    enlarged = Image.fromarray(picture).resize((64, 64), Image.Resampling.LANCZOS)
-    np.testing.assert_allclose(weights @ torch.from_numpy(picture) @ weights.T, np.asarray(enlarged), atol=1e-2)
 
 
 def test_degraded_crops_keep_size_and_brightness():

@@ -27,9 +27,7 @@ from ..data import Record, find_pictures, read_picture, to_bytes
 GAMMA_SPREAD = 0.3  # of the logarithm
 GAIN_SPREAD = 0.06
 FACTORS = (2.0, 8.0)  # how much smaller a degraded picture was
-CLEAN_SHARE = 0.5  # of the degraded batches, which have no noise
-NOISE_STD = 0.03  # at most, of a value in [-1, 1]
-LANCZOS_LOBES = 3
+NOISE_STD = 0.05  # at most, of a value in [-1, 1]
 
 
 def load_photos(folder: Path, device: torch.device) -> list[torch.Tensor]:
@@ -109,25 +107,12 @@ def device_generator(rng: np.random.Generator, device: torch.device) -> torch.Ge
     return torch.Generator(device).manual_seed(int(rng.integers(2**63)))
 
 
-def lanczos_weights(length: int, new_length: int) -> torch.Tensor:
-    """What each of `new_length` pixels, more than before, takes of `length` ones: `(new_length, length)`, as PIL's."""
-    places = (torch.arange(new_length, dtype=torch.float64) + 0.5) * length / new_length - 0.5
-    offsets = places[:, None] - torch.arange(length)
-    weights = torch.sinc(offsets) * torch.sinc(offsets / LANCZOS_LOBES) * (offsets.abs() < LANCZOS_LOBES)
-    return (weights / weights.sum(dim=1, keepdim=True)).float()
-
-
 def degrade_crops(images: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """
-    Shrinks `(batch, 3, side, side)` crops, adds noise, and enlarges them by Lanczos as an enlargement begins, on the
-    device.
-    """
+    """Shrinks `(batch, 3, side, side)` crops, adds noise, and enlarges them again, on the device."""
     side = images.shape[-1]
     small_side = max(1, round(side / np.exp(rng.uniform(*np.log(FACTORS)))))
-    small = F.interpolate(images, (small_side, small_side), mode="bicubic", antialias=True).clamp(-1, 1)
-    if rng.random() >= CLEAN_SHARE:
-        generator = device_generator(rng, images.device)
-        noise = torch.randn(small.shape, generator=generator, device=images.device)
-        small = small + rng.uniform(0, NOISE_STD) * noise
-    weights = lanczos_weights(small_side, side).to(images.device)
-    return (weights @ small @ weights.T).clamp(-1, 1)
+    small = F.interpolate(images, (small_side, small_side), mode="bicubic", antialias=True)
+    generator = device_generator(rng, images.device)
+    noise = torch.randn(small.shape, generator=generator, device=images.device)
+    small = small + rng.uniform(0, NOISE_STD) * noise
+    return F.interpolate(small, (side, side), mode="bicubic").clamp(-1, 1)
