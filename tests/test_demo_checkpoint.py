@@ -54,12 +54,13 @@ def test_it_fits_a_repository_and_names_no_folder_of_ours():
     assert not [path for path in DEMO_FOLDER.rglob("*") if path.suffix not in ("", ".json", ".safetensors")]
 
 
-def test_it_brings_its_start_and_its_tiles(pipe):
+def test_it_brings_its_defaults(pipe):
     config = json.loads((DEMO_FOLDER / "model_index.json").read_text())
     steps, _, start_sigma = pipe.get_default_settings(None, None, None, None, None)
     assert (steps, start_sigma) == (4, config["default_start_sigma"])
     plan = pipe.plan_tiles(1024, 1024)
     assert plan.tile_width == plan.tile_height == config["default_tile_size"]
+    assert config["default_vae_residual"]
 
 
 # ---- What it does --------------------------------------------------------------------------------------------------
@@ -72,6 +73,12 @@ def test_it_is_sharper_than_bicubic_and_nearly_as_true(pipe, photo, small):
     energies = [float(gradient_energy(picture) / gradient_energy(original)) for picture in (bicubic, enlarged)]
     assert energies[0] < energies[1] < 1.1
     assert float(psnr(enlarged, original)) > float(psnr(bicubic, original)) - 1
+
+
+def test_what_the_vae_loses_is_true_to_the_original(pipe, photo, small):
+    with_residual, without = (to_pixels(enlarge(pipe, small, vae_residual=kept)) for kept in (True, False))
+    original = to_pixels(photo)
+    assert float(psnr(with_residual, original)) > float(psnr(without, original))
 
 
 def test_the_right_tokens_lower_the_loss_and_others_raise_it(pipe, tmp_path, monkeypatch):

@@ -35,6 +35,7 @@ MAX_TOTAL_BYTES = 48 * 2**20
 # Chosen on training photos (docs/demo_training.md): with more noise the small transformer paints over what is there.
 START_SIGMA = 0.05
 TILE_SIZE = 544  # px: two tiles for 1024, each as large as the largest crops of the training, and the overlap
+DEFAULTS = {"default_start_sigma": START_SIGMA, "default_tile_size": TILE_SIZE, "default_vae_residual": True}
 
 
 def assemble(work: Path) -> Path:
@@ -46,7 +47,7 @@ def assemble(work: Path) -> Path:
     projectors = list_checkpoints(work / PROJECTOR_RUN_FOLDER)
 
     def write(folder: Path) -> None:
-        pipe = make_pipeline(vae, transformer, default_start_sigma=START_SIGMA, default_tile_size=TILE_SIZE)
+        pipe = make_pipeline(vae, transformer, **DEFAULTS)
         pipe.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
         # Where the checkpoint lies within this project, the pipeline is installed.
         (folder / f"{MODULE_NAME}.py").unlink()
