@@ -275,7 +275,7 @@ def distill_redux(make_inputs: InputMaker, accelerator: Accelerator, batches: It
         target = teacher.tokens(pipe.crop_pixels(batch["sharp"].to(accelerator.device)), features.shape[1:3])
         loss = distillation_loss(projector, features, target)
         loss.backward()
-        average_gradients(projector, accelerator)
+        average_gradients(projector.parameters())
         optimizer.step()
         optimizer.zero_grad()
         bar.set_postfix(relative_error=f"{float(loss):.4f}")

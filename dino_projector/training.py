@@ -14,17 +14,18 @@
 
 """Trains the projector: its optimizer, and one step of it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object, reduce
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
-from pipeline_flux_dino_tile import DinoProjector, FluxDinoTilePipeline
+from pipeline_flux_dino_tile import FluxDinoTilePipeline
 
 from .steps import InputMaker, denoising_losses, project_tokens
 
@@ -80,7 +81,7 @@ class ProjectorTrainer:
     def train_step(self, batches: Sequence[dict]) -> dict[str, float]:
         """One update from batches whose gradients are averaged; returns what there is to log."""
         loss = torch.stack([self.backward(batch, 1 / len(batches)) for batch in batches]).mean()
-        average_gradients(self.projector, self.accelerator)
+        average_gradients(self.projector.parameters())
         grad_norm = torch.nn.utils.clip_grad_norm_(self.projector.parameters(), self.max_grad_norm)
         loss = self.accelerator.reduce(loss, "mean")
         if not (torch.isfinite(loss) and torch.isfinite(grad_norm)):
@@ -139,6 +140,12 @@ def prepare_transformer(pipe: FluxDinoTilePipeline, gradient_checkpointing: bool
         pipe.transformer.compile_repeated_blocks()
 
 
-def average_gradients(projector: DinoProjector, accelerator: Accelerator) -> None:
-    for parameter in projector.parameters():
-        parameter.grad = accelerator.reduce(parameter.grad, "mean")
+def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Over the processes, in one message."""
+    if PartialState().num_processes == 1:
+        return
+    trained = list(parameters)
+    gradients: list[Any] = [parameter.grad for parameter in trained]
+    message = reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
+    for parameter, part in zip(trained, message.split([parameter.numel() for parameter in trained])):
+        parameter.grad = part.view_as(parameter)

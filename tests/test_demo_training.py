@@ -127,15 +127,15 @@ def test_processes_share_a_stage(photos, loaded, tmp_path, monkeypatch):
 
     gradients = []
 
-    def collect(found, _processes):
-        gradients.append(found)
-        return found
+    def collect(parameters):
+        gradients.append([parameter.grad.clone() for parameter in parameters])
 
-    def average(_found, _processes):
-        return [torch.stack(pair).mean(0) for pair in zip(*gradients)]
+    def average(parameters):
+        for parameter, pair in zip(parameters, zip(*gradients)):
+            parameter.grad = torch.stack(pair).mean(0)
 
     for rank, step in ((0, collect), (1, collect), (0, average)):
-        monkeypatch.setattr(stages, "average_over_processes", step)
+        monkeypatch.setattr(stages, "average_gradients", step)
         stage = VaeStage(SIZES["tiny"], loaded[0], tmp_path, 0, CPU)
         stage.processes = SimpleNamespace(num_processes=2, process_index=rank)
         stage.train_step()

@@ -32,10 +32,14 @@ CHECKPOINT_FOLDER = "checkpoint"
 PROJECTOR_RUN_FOLDER = "projector"
 MAX_FILE_BYTES = 16 * 2**20
 MAX_TOTAL_BYTES = 48 * 2**20
-# Chosen on training photos (docs/demo_training.md): with more noise the small transformer paints over what is there.
-START_SIGMA = 0.05
-TILE_SIZE = 544  # px: two tiles for 1024, each as large as the largest crops of the training, and the overlap
-DEFAULTS = {"default_start_sigma": START_SIGMA, "default_tile_size": TILE_SIZE, "default_vae_residual": True}
+DEFAULTS = {
+    # Chosen on training photos (docs/demo_training.md): with more noise the small transformer paints over what is
+    # there.
+    "default_start_sigma": 0.05,
+    # Pixels: two tiles for 1024, each as large as the largest crops of the training, and the overlap.
+    "default_tile_size": 544,
+    "default_vae_residual": True,
+}
 
 
 def assemble(work: Path) -> Path:

@@ -17,7 +17,7 @@
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 
 from ..checkpoints import replace_folder
 from ..data import sample_rng
-from ..training import avoid_cudnn_attention
+from ..training import average_gradients, avoid_cudnn_attention
 from .crops import make_pyramid
 from .sizes import Sizes
 
@@ -110,9 +110,9 @@ class Stage:
         optimizer.param_groups[0]["lr"] = self.learning_rate * min(1, (self.step + 1) / WARMUP_STEPS)
         inputs = parameters if working is None else list(working.parameters())
         gradients = torch.autograd.grad(loss, inputs, materialize_grads=True)
-        precise = [gradient.to(parameter.dtype) for parameter, gradient in zip(parameters, gradients)]
-        for parameter, gradient in zip(parameters, average_over_processes(precise, self.processes)):
-            parameter.grad = gradient
+        for parameter, gradient in zip(parameters, gradients):
+            parameter.grad = gradient.to(parameter.dtype)
+        average_gradients(parameters)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -197,15 +197,6 @@ def find_trained(work: Path, stage: str) -> Path:
     if not folder.is_dir():
         raise ValueError(f"--work {work}: there is no {stage} yet; run the stage {stage} first")
     return folder
-
-
-def average_over_processes(tensors: Sequence[torch.Tensor], processes: PartialState) -> Sequence[torch.Tensor]:
-    """In one message."""
-    if processes.num_processes == 1:
-        return tensors
-    message = reduce(torch.cat([tensor.flatten() for tensor in tensors]), "mean")
-    parts = message.split([tensor.numel() for tensor in tensors])
-    return [part.view_as(tensor) for part, tensor in zip(parts, tensors)]
 
 
 @torch.no_grad()
