@@ -401,10 +401,12 @@ def test_the_evaluation_fills_its_table(photos, work):
     numbers, sheet = evaluate(work / CHECKPOINT_FOLDER, photos / "held_out", 32, 96, 0.3, 0, CPU, judge)
     assert sheet.size == (5 * 128, 2 * 128)
     table = format_table(numbers)
-    for name in ("vae psnr", "loss gap other tokens percent", "distance without minus with dino", "seam ratio"):
-        assert f"| {name} |" in table
+    names = ("vae psnr", "loss gap other tokens percent", "distance without minus with dino", "seam ratio in one tile")
+    assert all(f"| {name} |" in table for name in names)
     assert numbers["strength_effect"][0] == 0
     assert numbers["gradient_energy_bicubic"].mean < 1
+    tiles, one = numbers["seam_ratio_with_dino"].mean, numbers["seam_ratio_in_one_tile"].mean
+    assert tiles != one and numbers["seam_ratio_minus_in_one_tile"].mean == pytest.approx(tiles - one)
     json.dumps(numbers)
 
 

@@ -166,7 +166,11 @@ def test_a_licence_that_does_not_follow_is_refused(base, given):
 
 def test_card_of_what_was_measured(final, tmp_path, hub):
     report = tmp_path / "report.json"
-    report.write_text('{"psnr_with_dino": [25.5, 24, 27], "seconds": 3, "monotone": true, "effects": [0, 1]}')
+    report.write_text(
+        '{"psnr_with_dino": [25.5, 24, 27], "seconds": 3, "monotone": true, "effects": [0, 1],'
+        ' "distance_bicubic_minus_with_dino": [0.02, 0.01, 0.03],'
+        ' "distance_without_minus_with_dino": [0.001, -0.002, 0.004]}'
+    )
     samples = tmp_path / "samples"
     samples.mkdir()
     shutil.copy(ROOT / "samples" / "photo.jpg", samples / "two dogs.jpg")
@@ -178,7 +182,7 @@ def test_card_of_what_was_measured(final, tmp_path, hub):
     data = card.data.to_dict()
     assert (data["license"], data["base_model"], data["datasets"]) == ("apache-2.0", [SCHNELL], ["someone/photos"])
     assert (data["library_name"], data["pipeline_tag"]) == ("diffusers", "image-to-image")
-    assert data["metrics"] == ["psnr_with_dino", "seconds"]
+    assert data["metrics"][:2] == ["psnr_with_dino", "seconds"]
     first = card.data.eval_results[0]
     assert (first.metric_value, first.metric_args, first.dataset_name) == (
         25.5,
@@ -186,6 +190,7 @@ def test_card_of_what_was_measured(final, tmp_path, hub):
         "10 held-out photos",
     )
     assert "| psnr with dino | 25.5 | 24 to 27 |\n| seconds | 3 |  |\n" in card.text
+    assert "holds 0: distance without minus with dino.\n" in card.text
     assert "(samples/two%20dogs.jpg)" in card.text and (folder / "samples" / "two dogs.jpg").is_file()
     assert "8 GPU hours on one H100" in card.text
     assert "| other tokens | 0.52000 | +4.000 % |" in card.text and "held-out photos" in card.text
@@ -201,6 +206,7 @@ def test_card_of_a_comparison(final, tmp_path, hub):
     assemble(final, folder, REPO, TEMPLATE, Contents(report=report, report_data="two photos"))
     card = ModelCard.load(folder / "README.md")
     assert "| bicubic: psnr y | 25 | 24 to 26 |\n| DINO 0.5: psnr y | 20 | 20 to 20 |\n" in card.text
+    assert "Not shown" not in card.text
     assert card.data.metrics == ["psnr_y"]
     found = [(item.metric_type, item.metric_value, item.metric_args["setting"]) for item in card.data.eval_results]
     assert found == [("psnr_y", 25, "bicubic"), ("psnr_y", 20, "DINO 0.5")]

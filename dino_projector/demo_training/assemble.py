@@ -35,7 +35,7 @@ MAX_TOTAL_BYTES = 48 * 2**20
 DEFAULTS = {
     # Chosen on training photos (docs/demo_training.md): with more noise the small transformer paints over what is
     # there.
-    "default_start_sigma": 0.05,
+    "default_start_sigma": 0.03,
     # Pixels: two tiles for 1024, each as large as the largest crops of the training, and the overlap.
     "default_tile_size": 544,
     "default_vae_residual": True,
