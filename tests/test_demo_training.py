@@ -406,7 +406,7 @@ def test_the_evaluation_fills_its_table(photos, work):
     assert numbers["strength_effect"][0] == 0
     assert numbers["gradient_energy_bicubic"].mean < 1
     tiles, one = numbers["seam_ratio_with_dino"].mean, numbers["seam_ratio_in_one_tile"].mean
-    assert tiles != one and numbers["seam_ratio_minus_in_one_tile"].mean == pytest.approx(tiles - one)
+    assert tiles != one and numbers["seam_ratio_with_dino_minus_in_one_tile"].mean == pytest.approx(tiles - one)
     json.dumps(numbers)
 
 

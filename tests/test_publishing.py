@@ -206,7 +206,7 @@ def test_card_of_a_comparison(final, tmp_path, hub):
     assemble(final, folder, REPO, TEMPLATE, Contents(report=report, report_data="two photos"))
     card = ModelCard.load(folder / "README.md")
     assert "| bicubic: psnr y | 25 | 24 to 26 |\n| DINO 0.5: psnr y | 20 | 20 to 20 |\n" in card.text
-    assert "Not shown" not in card.text
+    assert "No difference is shown" not in card.text
     assert card.data.metrics == ["psnr_y"]
     found = [(item.metric_type, item.metric_value, item.metric_args["setting"]) for item in card.data.eval_results]
     assert found == [("psnr_y", 25, "bicubic"), ("psnr_y", 20, "DINO 0.5")]

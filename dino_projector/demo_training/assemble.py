@@ -33,8 +33,7 @@ PROJECTOR_RUN_FOLDER = "projector"
 MAX_FILE_BYTES = 16 * 2**20
 MAX_TOTAL_BYTES = 48 * 2**20
 DEFAULTS = {
-    # Chosen on training photos (docs/demo_training.md): with more noise the small transformer paints over what is
-    # there.
+    # The most noise from which the pictures are nearer to the originals than bicubic's (docs/demo_training.md).
     "default_start_sigma": 0.03,
     # Pixels: two tiles for 1024, each as large as the largest crops of the training, and the overlap.
     "default_tile_size": 544,

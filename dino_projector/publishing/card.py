@@ -48,8 +48,8 @@ class Measurement(NamedTuple):
         return f"{self.setting}: {self.name}" if self.setting else self.name
 
     @property
-    def is_not_shown(self) -> bool:
-        """Whether it is a difference, by its name, and its interval holds 0."""
+    def shows_no_difference(self) -> bool:
+        """Whether it is a difference, `a minus b` by its name, and its interval holds 0."""
         if self.low is None or self.high is None:
             return False
         return " minus " in self.name and self.low <= 0 <= self.high
