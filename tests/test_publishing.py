@@ -182,7 +182,8 @@ def test_card_of_what_was_measured(final, tmp_path, hub):
     data = card.data.to_dict()
     assert (data["license"], data["base_model"], data["datasets"]) == ("apache-2.0", [SCHNELL], ["someone/photos"])
     assert (data["library_name"], data["pipeline_tag"]) == ("diffusers", "image-to-image")
-    assert data["metrics"][:2] == ["psnr_with_dino", "seconds"]
+    differences = ["distance_bicubic_minus_with_dino", "distance_without_minus_with_dino"]
+    assert data["metrics"] == ["psnr_with_dino", "seconds", *differences]
     first = card.data.eval_results[0]
     assert (first.metric_value, first.metric_args, first.dataset_name) == (
         25.5,

@@ -26,6 +26,7 @@ from PIL import Image
 
 from pipeline_flux_dino_tile import FluxDinoTilePipeline, seam_ratio
 
+from ..comparison.baselines import enlarge
 from ..data import ImageFolder, Sampling, first_pairs, to_bytes
 from ..metrics import Interval, bootstrap_mean, gradient_energy, grid_ratio, is_monotone, psnr
 from ..validation import CONDITIONS, bin_centers, example_losses, make_examples
@@ -88,18 +89,23 @@ class Upscaled:
             for item in (photo, other)
         )
         self.bicubic, self.lanczos = (
-            to_pixels(self.small.resize((side, side), method))
-            for method in (Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)
+            to_pixels(enlarge(method, self.small, (side, side))) for method in ("bicubic", "lanczos")
         )
 
         def encode(source: Image.Image, tile: int | None) -> torch.Tensor:
             return pipe.encode_dino(source, upscale_factor=FACTOR, tile_size=tile)
 
         def upscale(features: torch.Tensor, tile: int | None, strength: float = 1.0) -> torch.Tensor:
-            generator = torch.Generator().manual_seed(seed)
-            call = {"dino_embeds": features, "dino_conditioning_scale": strength, "start_sigma": start_sigma}
-            size: dict[str, Any] = {"upscale_factor": FACTOR, "tile_size": tile}
-            return to_pixels(pipe(image=self.small, generator=generator, **call, **size).images[0])
+            output = pipe(
+                image=self.small,
+                upscale_factor=FACTOR,
+                tile_size=tile,
+                start_sigma=start_sigma,
+                dino_embeds=features,
+                dino_conditioning_scale=strength,
+                generator=torch.Generator().manual_seed(seed),
+            )
+            return to_pixels(output.images[0])
 
         features = encode(self.small, tile_size)
         self.by_strength = [upscale(features, tile_size, strength) for strength in STRENGTHS]
