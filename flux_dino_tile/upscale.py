@@ -32,9 +32,8 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from dino_projector.demo_checkpoint import EMBEDDED, locate_model
-
 from . import __version__
+from .embedded import EMBEDDED, locate_model
 from .image_files import (
     READ_SUFFIXES,
     WRITE_FORMATS,

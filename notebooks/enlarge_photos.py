@@ -62,7 +62,7 @@ photo
 # FLUX.1.
 
 # %%
-from dino_projector.demo_checkpoint import DEMO_FOLDER
+from flux_dino_tile.embedded import DEMO_FOLDER
 
 
 small = FluxDinoTilePipeline.from_pretrained(DEMO_FOLDER, dtype=torch.float32)

@@ -23,7 +23,7 @@ from pathlib import Path
 import upscale  # noqa: F401 puts the root folder on the path
 
 from dino_projector.comparison import ABLATIONS
-from dino_projector.demo_checkpoint import EMBEDDED, locate_model
+from flux_dino_tile.embedded import EMBEDDED, locate_model
 from flux_dino_tile.upscale import (
     FLUX_DEFAULTS,
     Parser,

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from upscale import ROOT  # puts the root folder on the path
 
-from dino_projector.demo_checkpoint import DEMO_FOLDER
+from flux_dino_tile.embedded import DEMO_FOLDER
 from flux_dino_tile.upscale import Parser, UsageError, hide_loading_bars, nonempty, number
 
 

@@ -32,7 +32,7 @@ import psutil  # type: ignore[import-untyped]
 import upscale  # noqa: F401 puts the root folder on the path
 from PIL import Image
 
-from dino_projector.demo_checkpoint import EMBEDDED
+from flux_dino_tile.embedded import EMBEDDED
 from flux_dino_tile.upscale import FluxEnlarger, Job, attempt, load_flux, parse_arguments, upscale_file
 
 

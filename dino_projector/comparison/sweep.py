@@ -29,12 +29,12 @@ from PIL import Image, ImageOps
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 import pipeline_flux_dino_tile
+from flux_dino_tile.embedded import locate_model
 from pipeline_flux_dino_tile import DEFAULT_TILE_OVERLAP
 
 from ..checkpoints import replace_folder
 from ..data import Record, find_pictures, read_picture, report_skipped, sample_rng
 from ..degradation import degrade
-from ..demo_checkpoint import locate_model
 from ..metrics import overlap_disagreement
 from . import ABLATIONS
 from .baselines import enlarge
