@@ -17,7 +17,7 @@
 from pathlib import Path
 
 
-DEMO_FOLDER = Path(__file__).resolve().parents[1] / "dino_projector" / "demo"
+DEMO_FOLDER = Path(__file__).resolve().parent / "demo"
 # What the programs call it, so that no path of a user's disk gets into pictures and reports.
 EMBEDDED = "embedded"
 
