@@ -83,6 +83,8 @@ ROUNDING = 1e-3  # by which pixels may leave [0, 1]
 RESIZED_ROWS = 1024  # rows of a PIL image that are enlarged at once
 STRIP_ROWS = 128  # rows that become bytes at once
 
+# Caches of diffusers that keep one state for each `cache_context`; the others would take one tile for another.
+TILE_CACHES = ("FirstBlockCacheConfig", "MagCacheConfig", "TaylorSeerCacheConfig")
 DINO_MODEL_TYPES = ("dinov2", "dinov2_with_registers", "dinov3_vit")
 
 # Backends that add a float mask of shape (B, 1, 1, S) to the logits; the others refuse a mask.
@@ -280,15 +282,8 @@ def tile_starts(length: int, size: int, overlap: int) -> list[int]:
 
 def axis_windows(starts: Sequence[int], size: int) -> torch.Tensor:
     """
-    Blending weights along one axis: in an overlap, a raised cosine as wide as the overlap; where more than two tiles
-    meet, normalised. (The usual Gaussian hands over within a few cells however wide the overlap is.)
-
-    Args:
-        starts (`Sequence[int]`): First cell of each tile, ascending, without gaps.
-        size (`int`): Cells of a tile.
-
-    Returns:
-        `torch.Tensor` of shape `(len(starts), size)`: positive weights that sum to one at every covered cell.
+    Blending weights `(len(starts), size)` of tiles of `size` cells along one axis, which sum to one at every cell: a
+    raised cosine as wide as the overlap. (The usual Gaussian hands over within a few cells whatever the overlap.)
     """
     windows = torch.ones(len(starts), size, dtype=torch.float64)
     for index, (start, next_start) in enumerate(itertools.pairwise(starts)):
@@ -341,19 +336,14 @@ def plan_tiles(
     pixels_per_token: int = 16,
 ) -> TilePlan:
     """
-    Plans equal, evenly spread tiles whose borders lie on the token grid.
+    Plans equal, evenly spread tiles whose borders lie on the token grid, for an output of `height` and `width` pixels.
 
     Args:
-        height (`int`): Height of the output in pixels.
-        width (`int`): Width of the output in pixels.
         tile_size (`int` or `tuple[int, int]`, *optional*):
             Side, or height and width, of a tile in pixels, a multiple of `pixels_per_token`. A canvas smaller than
             that is one tile. When `None`, the size with the least work for this output.
         tile_overlap (`int`, defaults to 64): The least overlap of neighbours in pixels, rounded up to whole tokens.
         pixels_per_token (`int`, defaults to 16): Side of a transformer token in pixels.
-
-    Returns:
-        [`TilePlan`]: The tiles, on a canvas padded to whole tokens.
 
     Raises:
         `ValueError`: If a size is not positive, `tile_size` is off the grid, or the overlap fills a tile.
@@ -422,20 +412,16 @@ class DinoProjector(ModelMixin, ConfigMixin):
         layers (`list[int]`, defaults to `[-1]`):
             Hidden states of the encoder that are concatenated, each after the encoder's final norm.
         position_mode (`str`, defaults to `"zero"`):
-            Rotary position of the tokens: "zero" as text tokens, or "tile" for the row and column of the place in the
-            tile that a token describes.
+            Rotary position of a token: "zero" as for text, or "tile" for the row and column of the place it describes.
         dino_model (`str`, *optional*, defaults to `"facebook/dinov2-with-registers-base"`):
             Repo or folder of the encoder. `None` stands for the subfolder `dino_encoder` beside the projector.
-        image_mean (`list[float]`, defaults to ImageNet's):
-            Mean of the red, green and blue values in [0, 1] that the encoder expects.
-        image_std (`list[float]`, defaults to ImageNet's): Their standard deviation.
-        sigma_min (`float`, *optional*): The least noise level of the training.
-        sigma_max (`float`, *optional*): The greatest noise level of the training.
-        num_prompt_tokens (`int`, defaults to 0):
-            T5 tokens of the empty prompt that the projector carries, so that calls without a prompt need no text
-            encoders: buffers `prompt_embeds` of shape `(1, num_prompt_tokens, out_dim)` and `pooled_prompt_embeds` of
-            shape `(1, pooled_dim)`. 0 for none.
-        pooled_dim (`int`, defaults to 0): `pooled_projection_dim` of the transformer, with `num_prompt_tokens`.
+        image_mean, image_std (`list[float]`, default to ImageNet's):
+            Mean and standard deviation of red, green and blue in [0, 1] that the encoder expects.
+        sigma_min, sigma_max (`float`, *optional*): The least and the greatest noise level of the training.
+        num_prompt_tokens, pooled_dim (`int`, default to 0):
+            Shapes of the empty prompt's embeddings, if the projector carries them so that calls without a prompt need
+            no text encoders: buffers `prompt_embeds` `(1, num_prompt_tokens, out_dim)` and `pooled_prompt_embeds`
+            `(1, pooled_dim)`.
     """
 
     @register_to_config
@@ -553,15 +539,11 @@ def select_lse_attention(backend: str, device: torch.device, dtype: torch.dtype)
 
 def merge_attention(out_rest, lse_rest, out_dino, lse_dino, log_scale):
     """
-    Joins attention over two groups of keys as one softmax in which the logits of the second are raised by `log_scale`.
+    Joins attention over two groups of keys as one softmax in which the logits of the second are raised by `log_scale`,
+    from the groups' outputs `(batch, heads, tokens, head_dim)` and the natural logs of their softmax sums.
 
     `o = lerp(o_rest, o_dino, sigmoid(lse_dino + log_scale - lse_rest))`: exact, and no mask is needed. The rule is
     ring attention's (arXiv 2310.01889), with a bias that is constant over a group.
-
-    Args:
-        out_rest, out_dino (`torch.Tensor` of shape `(batch, heads, tokens, head_dim)`): The groups' outputs.
-        lse_rest, lse_dino (`torch.Tensor` of shape `(batch, heads, tokens)`): Natural log of their softmax sums.
-        log_scale (`torch.Tensor`): Bias that broadcasts to `lse_dino`.
     """
     weight = torch.sigmoid(lse_dino.float() + log_scale.float() - lse_rest.float()).unsqueeze(-1)
     return torch.lerp(out_rest, out_dino, weight.to(out_rest.dtype))
@@ -720,10 +702,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         Args:
             pretrained_model_name_or_path (`str` or `Path`):
                 Hub repo or local folder that holds `subfolder`, or a local folder of a projector itself.
-            subfolder (`str`, *optional*, defaults to `"dino_projector"`): Folder of the projector in the repo.
-            revision (`str`, *optional*): Branch, tag or commit of the repo.
-            token (`str` or `bool`, *optional*): Hub token for a private repo.
-            variant (`str`, *optional*): Variant of the weights' files, for example "fp16".
+            subfolder, revision, token, variant: As for [`~DiffusionPipeline.from_pretrained`].
             dino_encoder (`str`, `Path` or `PreTrainedModel`, *optional*):
                 A DINO model, or its repo or folder. By default the folder `dino_encoder` beside a local projector,
                 else the one that the projector's config names.
@@ -764,6 +743,14 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         r"""Removes the projector and the DINO encoder."""
         self.register_modules(dino_encoder=None, dino_projector=None)
         self.maybe_free_model_hooks()
+
+    @classmethod
+    def load_config(cls, *args, **kwargs):
+        r"""Loads `model_index.json`; this class needs none of the code that lies beside a published pipeline."""
+        config = super().load_config(*args, **kwargs)
+        if isinstance(config, dict) and isinstance(config.get("_class_name"), list):
+            config["_class_name"] = cls.__name__
+        return config
 
     def to_json_string(self) -> str:
         r"""
@@ -829,11 +816,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
     def plan_tiles(
         self, height: int, width: int, tile_size: int | tuple[int, int] | None = None, tile_overlap: int = 64
     ) -> TilePlan:
-        r"""
-        The tiles that a call with this output size would process; see [`plan_tiles`] for the arguments, in pixels.
-
-        With FLUX.1, `len(pipe.plan_tiles(4096, 4096))` is 16.
-        """
+        r"""The tiles that a call with this output size would process; see [`plan_tiles`] for the arguments."""
         tile_size = self.config.default_tile_size if tile_size is None else tile_size
         return plan_tiles(height, width, tile_size, tile_overlap, self.pixels_per_token)
 
@@ -984,15 +967,19 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
 
     # ---- Image and latents -----------------------------------------------------------------------------------------
 
-    def prepare_image(self, image: list[PIL.Image.Image] | torch.Tensor, height: int, width: int) -> torch.Tensor:
+    def prepare_image(self, image: PipelineImageInput, height: int, width: int) -> torch.Tensor:
         r"""
-        Resizes an image from [`~FluxDinoTilePipeline.check_image`] (PIL by Lanczos, tensors by antialiased bicubic)
-        and pads it to whole tokens by repeating its last row and column.
+        Resizes what a call takes as `image` (PIL by Lanczos, arrays and tensors by antialiased bicubic) and pads it to
+        whole tokens by repeating its last row and column.
 
         Returns:
             `torch.Tensor` of shape `(batch, 3, padded height, padded width)` on the CPU: bytes from PIL images, which
             take a quarter of the memory, else float32 in [-1, 1]. [`~FluxDinoTilePipeline.crop_pixels`] reads both.
         """
+        return self.resize_image(self.check_image(image), height, width)
+
+    def resize_image(self, image: list[PIL.Image.Image] | torch.Tensor, height: int, width: int) -> torch.Tensor:
+        r"""The same of an image that is checked already."""
         below, right = -height % self.pixels_per_token, -width % self.pixels_per_token
         if isinstance(image, torch.Tensor):
             pixels = image.float().expand(-1, 3, -1, -1)
@@ -1143,7 +1130,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         height, width = self.get_output_size(images, height, width, upscale_factor)
         plan = self.plan_tiles(height, width, tile_size, tile_overlap)
         self.check_dino_components(self.dino_encoder.config, self.dino_projector)
-        features = self.encode_dino_tiles(self.prepare_image(images, height, width), plan)
+        features = self.encode_dino_tiles(self.resize_image(images, height, width), plan)
         self.maybe_free_model_hooks()
         return features
 
@@ -1303,9 +1290,12 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         def predict(indices: list[int]) -> torch.Tensor:
             latents = torch.cat([canvas[plan[index].slices(cell)] for index in indices])
             batch_dino = None if dino is None else dino._replace(tokens=dino.tokens[indices])
-            velocity, *negative = (
-                self.predict_velocity(latents, timestep, branch, guidance, batch_dino) for branch in branches
-            )
+            velocities = []
+            for side, branch in enumerate(branches):
+                # A cache of diffusers must not take one tile, or the other side of true CFG, for the last step.
+                with self.transformer.cache_context(f"tile {indices[0]}, side {side}"):
+                    velocities.append(self.predict_velocity(latents, timestep, branch, guidance, batch_dino))
+            velocity, *negative = velocities
             return negative[0] + true_cfg_scale * (velocity - negative[0]) if negative else velocity
 
         def predict_all() -> Iterator[torch.Tensor]:
@@ -1381,15 +1371,12 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
                 channels, rows, columns)` of the size of the output. One prompt serves several images, and one image
                 several prompts.
             height, width (`int`, *optional*): Size of the output in pixels, any size. Pass both.
-            strength (`float`, *optional*):
-                Share of the steps that are executed. The noise that it leads to depends on the schedule; see
-                `start_sigma`.
+            strength (`float`, *optional*): Share of the steps that are executed; `start_sigma` says the noise itself.
             num_inference_steps (`int`, *optional*):
                 Denoising steps. Defaults to 4 without guidance embeddings (schnell), else to 12 with `start_sigma` and
                 28 with `strength` (dev). From a `start_sigma` all of them are executed.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
-                Source of the noise, drawn once for the whole image: but for rounding, the result does not depend on
-                `tile_batch_size`.
+                Source of the noise, drawn once for the whole image.
             latents (`torch.Tensor`, *optional*):
                 Noisy latents to start from instead of the noised image, packed: `(batch, tokens, 4 * latent channels)`
                 for the output padded to whole tokens.
@@ -1492,6 +1479,15 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         )
         if vae_residual is None:
             vae_residual = self.config.default_vae_residual and is_decoded
+        channels = self.transformer.config.in_channels
+        fits = f"a plain FLUX.1 of {4 * self.latent_channels} channels, not Fill or Control"
+        check("transformer", channels, channels == 4 * self.latent_channels, fits)
+        is_euler = isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler)
+        check("scheduler", type(self.scheduler), is_euler, "a FlowMatchEulerDiscreteScheduler")
+        # Private, because diffusers tells only whether there is a cache.
+        cache = type(self.transformer._cache_config).__name__
+        is_kept = not self.transformer.is_cache_enabled or cache in TILE_CACHES
+        check("transformer", cache, is_kept, f"without cache, or with one of {', '.join(TILE_CACHES)}")
         is_right = callback_on_step_end is None or callable(callback_on_step_end)
         check("callback_on_step_end", callback_on_step_end, is_right, "callable")
         is_right = joint_attention_kwargs is None or isinstance(joint_attention_kwargs, dict)
@@ -1507,7 +1503,11 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         timesteps = self.get_tile_timesteps(num_inference_steps, sigmas, strength, start_sigma, plan)
         num_steps, step_sigmas = len(timesteps), timesteps / self.scheduler.config.num_train_timesteps
         check("first_step", first_step, first_step <= num_steps, f"at most the {num_steps} steps of this call")
-        dino_steps = range(math.ceil(dino_guidance_start * num_steps), math.floor(dino_guidance_end * num_steps))
+        dino_steps = [
+            i
+            for i in range(num_steps)
+            if dino_guidance_start <= i / num_steps and (i + 1) / num_steps <= dino_guidance_end
+        ]
         uses_dino = self.dino_projector is not None and dino_conditioning_scale > 0
         window = f"later than `dino_guidance_start` {dino_guidance_start}, by a whole one of {num_steps} steps"
         check("dino_guidance_end", dino_guidance_end, len(dino_steps) > 0 or not uses_dino, window)
@@ -1528,7 +1528,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         ]
 
         # 4. Encode what DINO sees in each tile
-        pixels = torch.empty(0) if is_latent else self.prepare_image(image, height, width)
+        pixels = torch.empty(0) if is_latent else self.resize_image(image, height, width)
         dino = None
         if uses_dino:
             features = self.encode_dino_tiles(pixels, plan) if dino_embeds is None else dino_embeds
