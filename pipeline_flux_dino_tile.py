@@ -836,7 +836,9 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         for index, item in enumerate(images):
             # PIL's own conversion to 8 bits cuts the tones of 16-bit and float images.
             if isinstance(item, PIL.Image.Image) and item.mode[0] in "IF":
-                images[index] = np.asarray(item, dtype=np.float32)[..., None] / (1 if item.mode == "F" else 65535)
+                values = np.asarray(item, dtype=np.float32)[..., None] / (1 if item.mode == "F" else 65535)
+                values = check_pixels(values).mul(255).round().to(torch.uint8)
+                images[index] = PIL.Image.fromarray(values[0, 0].numpy())
         kinds = (PIL.Image.Image, np.ndarray, torch.Tensor)
         is_one_kind = any(all(isinstance(item, kind) for item in images) for kind in kinds)
         names = sorted({type(item).__name__ for item in images})
