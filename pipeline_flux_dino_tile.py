@@ -49,7 +49,13 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline, FluxTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    FluxImg2ImgPipeline,
+    FluxTransformer2DModel,
+)
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.image_processor import PipelineImageInput
 
@@ -148,7 +154,8 @@ OPTIONAL = ("strength", "start_sigma", "num_inference_steps", "guidance_scale", 
 def check(name: str, value: Any, is_right: bool, expected: str) -> None:
     """Raises a `ValueError` that names the argument, its value and what would be right, unless `is_right`."""
     if not is_right:
-        shown = f"of shape {tuple(value.shape)}" if hasattr(value, "shape") else f"{value!r:.200}"
+        shape = getattr(value, "shape", None)
+        shown = f"{type(value).__name__} of shape {tuple(shape)}" if shape else f"{value!r:.200}"
         raise ValueError(f"`{name}` must be {expected}, but is {shown}.")
 
 
@@ -179,15 +186,15 @@ def check_tensor(name: str, tensor: Any, shape: tuple[int | None, ...], meaning:
 def check_pixels(value: np.ndarray | torch.Tensor) -> torch.Tensor:
     """Checks an array `(..., h, w, channels)` or tensor `(..., channels, h, w)`; returns a tensor with a batch."""
     is_array = isinstance(value, np.ndarray)
-    layout = "(batch, height, width, channels)" if is_array else "(batch, channels, height, width)"
+    layout = "(batch, height, width, 1 or 3)" if is_array else "(batch, 1 or 3, height, width)"
     channels = value.shape[-1 if is_array else -3] if value.ndim in (3, 4) else None
-    check("image", value, channels in (1, 3) and 0 not in value.shape, f"{layout} with 1 or 3 channels, or latents")
+    check("image", value, channels in (1, 3) and 0 not in value.shape, f"{layout}, or unpacked latents")
     is_float = value.is_floating_point() if isinstance(value, torch.Tensor) else value.dtype.kind == "f"
     check("image", value.dtype, is_float, "floats in [0, 1]")
     # Contiguous, because torch takes no negative strides.
     pixels = torch.from_numpy(np.ascontiguousarray(value)).movedim(-1, -3) if isinstance(value, np.ndarray) else value
     low, high = float(pixels.min()), float(pixels.max())
-    check("image", (low, high), low >= -ROUNDING and high <= 1 + ROUNDING, "finite and in the range (0, 1)")
+    check("image", (low, high), low >= -ROUNDING and high <= 1 + ROUNDING, "finite and in [0, 1], not packed latents")
     return pixels.reshape(-1, *pixels.shape[-3:]).float().clamp(0, 1)
 
 
@@ -195,6 +202,8 @@ def image_size(image: Any) -> tuple[int, int]:
     """Height and width in pixels of a PIL image, an array `(..., h, w, channels)` or a tensor `(..., h, w)`."""
     if isinstance(image, PIL.Image.Image):
         return image.height, image.width
+    has_size = isinstance(image, (np.ndarray, torch.Tensor)) and image.ndim in (3, 4) and 0 not in image.shape
+    check("image", image, has_size, "a PIL image, an array or a tensor with height, width and channels")
     height, width = image.shape[-3:-1] if isinstance(image, np.ndarray) else image.shape[-2:]
     return height, width
 
@@ -355,7 +364,7 @@ def plan_tiles(
         tile = choose_tile_size(*canvas, overlap)
     else:
         sides = tile_size if isinstance(tile_size, (tuple, list)) else (tile_size, tile_size)
-        is_whole = all(type(side) is int and side > 0 and side % pixels_per_token == 0 for side in sides)
+        is_whole = all(isinstance(x, numbers.Integral) and x > 0 and x % pixels_per_token == 0 for x in sides)
         grid = f"a multiple of {pixels_per_token} px, or (height, width) of such"
         check("tile_size", tile_size, len(sides) == 2 and is_whole, grid)
         tile = min(sides[0] // pixels_per_token, canvas[0]), min(sides[1] // pixels_per_token, canvas[1])
@@ -711,21 +720,25 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             `ValueError`: If the projector, the encoder and the transformer do not fit together.
             `OSError`: If files are missing or are not safetensors.
         """
-        folder = Path(pretrained_model_name_or_path)
-        if isinstance(pretrained_model_name_or_path, Path) and not folder.is_dir():
+        place, encoder = pretrained_model_name_or_path, dino_encoder
+        check("pretrained_model_name_or_path", place, isinstance(place, str | Path), "a repo or a folder")
+        check("subfolder", subfolder, isinstance(subfolder, str), "the name of a folder")
+        is_right = isinstance(encoder, str | Path | PreTrainedModel | None)
+        check("dino_encoder", encoder, is_right, "a DINO model, or its repo or folder")
+        folder = Path(place)
+        if isinstance(place, Path) and not folder.is_dir():
             raise OSError(f"There is no folder {folder}.")
         if folder.is_dir() and not (folder / subfolder).is_dir():
             folder, subfolder = folder.parent, folder.name
         location: dict[str, Any] = {"revision": revision, "token": token}
         config = DinoProjector.load_config(str(folder), subfolder=subfolder, **location)
         is_projector = isinstance(config, dict) and config.get("_class_name") == DinoProjector.__name__
-        check("pretrained_model_name_or_path", pretrained_model_name_or_path, is_projector, "a DinoProjector's place")
+        check("pretrained_model_name_or_path", place, is_projector, "a DinoProjector's place")
         device, dtype = self._execution_device, self.transformer.dtype
         weights = {"use_safetensors": True, "variant": variant}
         projector = DinoProjector.from_pretrained(
             str(folder), subfolder=subfolder, torch_dtype=dtype, **weights, **location
         )
-        encoder = dino_encoder
         if not isinstance(encoder, PreTrainedModel):
             name = projector.config.dino_model if encoder is None else str(encoder)
             if encoder is None and (name is None or (folder / "dino_encoder").is_dir()):
@@ -861,7 +874,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         upscale_factor: float | None = None,
     ) -> tuple[int, int]:
         r"""Height and width of the result in pixels. Raises a `ValueError` if they are out of range or said twice."""
-        image_height, image_width = image_size(image[0] if isinstance(image, (list, tuple)) else image)
+        image_height, image_width = image_size(image[0] if isinstance(image, (list, tuple)) and image else image)
         factor = DEFAULT_UPSCALE_FACTOR if upscale_factor is None else upscale_factor
         if height is not None or width is not None:
             check("upscale_factor", upscale_factor, upscale_factor is None, f"left out beside {height}x{width} px")
@@ -886,10 +899,13 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         is_list = isinstance(tensor_inputs, (list, tuple))
         check("callback_on_step_end_tensor_inputs", tensor_inputs, is_list, "a list of names")
         config: Any = self.transformer.config
+        channels = 4 * self.latent_channels
+        fits = f"a plain FLUX.1 of {channels} input channels, not Fill or Control"
+        check("transformer", config.in_channels, config.in_channels == channels, fits)
         adapters: Any = getattr(self.transformer, "encoder_hid_proj", None)
         has_text_encoders = self.text_encoder is not None and self.text_encoder_2 is not None
         has_image_encoder = self.image_encoder is not None and self.feature_extractor is not None
-        has_adapter_input = any(value is not None for side in sides.values() for value in side[4:])
+        has_adapter_input = adapters is not None and any(x is not None for side in sides.values() for x in side[4:])
         for prefix, side in sides.items():
             for name, text in ((f"{prefix}prompt", side.prompt), (f"{prefix}prompt_2", side.prompt_2)):
                 entries = text if isinstance(text, list) else [""] if text is None else [text]
@@ -1086,9 +1102,10 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         tile that the transformer sees. From a `start_sigma` the noise levels fall evenly, before the shift, to 0.
         """
         device, config = self._execution_device, self.scheduler.config
-        shift = {"base_seq_len": "base_image_seq_len", "max_seq_len": "max_image_seq_len"}
-        shift |= {"base_shift": "base_shift", "max_shift": "max_shift"}
-        mu = calculate_shift(plan.tokens_per_tile, **{k: config[name] for k, name in shift.items() if name in config})
+        name, kinds = type(self.scheduler).__name__, (FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler)
+        check("scheduler", name, isinstance(self.scheduler, kinds), "a flow-match Euler or LCM scheduler")
+        settings = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+        mu = calculate_shift(plan.tokens_per_tile, *(config[setting] for setting in settings))
         if start_sigma is not None:
             # Read the scheduler's shift as a table, to find the unshifted sigma that it moves to `start_sigma`.
             unshifted = np.linspace(1.0, 1e-3, 1000)
@@ -1101,8 +1118,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         _, num_steps = retrieve_timesteps(self.scheduler, num_inference_steps, device, sigmas=sigmas, mu=mu)
         reached = float(self.scheduler.sigmas[0])
         is_reached = start_sigma is None or abs(reached - start_sigma) < 1e-3
-        scheduler = type(self.scheduler).__name__
-        check("start_sigma", start_sigma, is_reached, f"what this {scheduler} starts at, {reached:.3f}")
+        check("start_sigma", start_sigma, is_reached, f"what this {name} starts at, {reached:.3f}")
         timesteps, num_steps = self.get_timesteps(num_steps, 1.0 if strength is None else strength, device)
         check("strength", strength, num_steps >= 1, f"enough for one of {num_inference_steps} steps")
         return timesteps
@@ -1470,7 +1486,8 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
                 shape = (batch_size, plan.height * plan.width // self.pixels_per_token**2, 4 * self.latent_channels)
                 check_tensor(name, tensor, shape, "packed latents of the whole padded output")
         check("first_step", first_step, first_step == 0 or latents is not None, "0 without `latents` to go on from")
-        in_plan = all(type(index) is int and 0 <= index < len(plan) for index in frozen_tiles)
+        in_plan = isinstance(frozen_tiles, Sequence)
+        in_plan = in_plan and all(isinstance(x, numbers.Integral) and 0 <= x < len(plan) for x in frozen_tiles)
         check("frozen_tiles", frozen_tiles, in_plan, f"numbers of the plan's {len(plan)} tiles")
         generators = generator if isinstance(generator, list) else [generator] * batch_size
         is_complete = len(generators) == batch_size and all(isinstance(x, torch.Generator | None) for x in generators)
@@ -1481,11 +1498,6 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         )
         if vae_residual is None:
             vae_residual = self.config.default_vae_residual and is_decoded
-        channels = self.transformer.config.in_channels
-        fits = f"a plain FLUX.1 of {4 * self.latent_channels} channels, not Fill or Control"
-        check("transformer", channels, channels == 4 * self.latent_channels, fits)
-        is_euler = isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler)
-        check("scheduler", type(self.scheduler), is_euler, "a FlowMatchEulerDiscreteScheduler")
         # Private, because diffusers tells only whether there is a cache.
         cache = type(self.transformer._cache_config).__name__
         is_kept = not self.transformer.is_cache_enabled or cache in TILE_CACHES
