@@ -849,9 +849,9 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         for index, item in enumerate(images):
             # PIL's own conversion to 8 bits cuts the tones of 16-bit and float images.
             if isinstance(item, PIL.Image.Image) and item.mode[0] in "IF":
-                values = np.asarray(item, dtype=np.float32)[..., None] / (1 if item.mode == "F" else 65535)
-                values = check_pixels(values).mul(255).round().to(torch.uint8)
-                images[index] = PIL.Image.fromarray(values[0, 0].numpy())
+                tones = np.asarray(item, dtype=np.float32)[..., None] / (1 if item.mode == "F" else 65535)
+                grey = check_pixels(tones)[0, 0].mul(255).round().to(torch.uint8)
+                images[index] = PIL.Image.fromarray(grey.numpy())
         kinds = (PIL.Image.Image, np.ndarray, torch.Tensor)
         is_one_kind = any(all(isinstance(item, kind) for item in images) for kind in kinds)
         names = sorted({type(item).__name__ for item in images})
@@ -1049,13 +1049,18 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
 
     @torch.no_grad()
     def decode_strips(
-        self, latents: torch.Tensor, plan: TilePlan, residual_of: tuple[torch.Tensor, torch.Tensor] | None = None
+        self,
+        latents: torch.Tensor,
+        plan: TilePlan,
+        residual_of: tuple[torch.Tensor, torch.Tensor] | None = None,
+        num_prompts: int = 1,
     ) -> Iterator[torch.Tensor]:
         r"""
         Decodes `(batch, latent channels, rows, columns)` latents tile by tile and yields the padded image from top to
         bottom, in strips `(batch, 3, rows, width)`, about in [-1, 1], in float32. Only one row of tiles is held.
 
-        With `residual_of`, a prepared image and its latents, each tile gets what the VAE loses of that image.
+        With `residual_of`, a prepared image and its latents, each tile gets what the VAE loses of that image; latents
+        of several prompts have it once for each.
         """
 
         def decode_crop(canvas: torch.Tensor, tile: Tile) -> torch.Tensor:
@@ -1070,7 +1075,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
                 return pixels
             image, image_latents = residual_of
             residual = self.crop_pixels(image, tile) - decode_crop(image_latents, tile)
-            return pixels + repeat_images(residual, len(pixels) // len(residual), 1)
+            return pixels + repeat_images(residual, num_prompts, len(pixels))
 
         top = 0
         for strip in blend_strips(self.map_tiles(decode, plan), plan, 1):
@@ -1607,7 +1612,8 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         if output_type == "latent":
             images = self.pack_canvas(canvas)
         else:
-            strips = self.decode_strips(canvas, plan, (pixels, image_latents) if vae_residual else None)
+            residual_of = (pixels, image_latents) if vae_residual else None
+            strips = self.decode_strips(canvas, plan, residual_of, num_prompts)
             images = self.finish_strips(strips, height, width, as_bytes=output_type in ("pil", "strips"))
             if output_type != "strips":
                 images = np.concatenate(list(images), axis=1)
