@@ -49,13 +49,7 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from diffusers import (
-    AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
-    FlowMatchLCMScheduler,
-    FluxImg2ImgPipeline,
-    FluxTransformer2DModel,
-)
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline, FluxTransformer2DModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.image_processor import PipelineImageInput
 
@@ -68,6 +62,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor, _get_qkv_projections
 from diffusers.pipelines.flux.pipeline_flux_img2img import calculate_shift, retrieve_latents, retrieve_timesteps
 from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
+from diffusers.schedulers import FlowMatchLCMScheduler
 from diffusers.utils import logging, replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -831,7 +826,11 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
     ) -> TilePlan:
         r"""The tiles that a call with this output size would process; see [`plan_tiles`] for the arguments."""
         tile_size = self.config.default_tile_size if tile_size is None else tile_size
-        return plan_tiles(height, width, tile_size, tile_overlap, self.pixels_per_token)
+        plan = plan_tiles(height, width, tile_size, tile_overlap, self.pixels_per_token)
+        if plan.tokens_per_tile > GRID_TILE_TOKENS:
+            size = f"{plan.tile_width}x{plan.tile_height} px are {plan.tokens_per_tile} tokens"
+            logger.warning(f"Tiles of {size}. FLUX.1 draws grids above {GRID_TILE_TOKENS}: lower `tile_size`.")
+        return plan
 
     # ---- Checks ----------------------------------------------------------------------------------------------------
 
@@ -1554,7 +1553,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             features = repeat_images(features.transpose(0, 1), num_prompts, batch_size).transpose(0, 1)
             dino = self.prepare_dino_tokens(features, plan, float(dino_conditioning_scale))
             sigma, sigma_max = float(step_sigmas[dino_steps[0]]), self.dino_projector.config.sigma_max
-            if sigma_max is not None and sigma > sigma_max:
+            if sigma_max is not None and sigma > sigma_max + 1e-3:
                 known = f"at sigma {sigma:.3f}, but the projector was trained up to {sigma_max}"
                 logger.warning(f"The DINO tokens come in {known}. Lower `start_sigma` or raise `dino_guidance_start`.")
 
