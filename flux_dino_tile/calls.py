@@ -1,0 +1,161 @@
+# Copyright 2026 The flux-dino-tile authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What decides the result of a call, in a form that can be written down and compared."""
+
+import hashlib
+import inspect
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from accelerate.utils import align_module_device
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from pipeline_flux_dino_tile import FluxDinoTilePipeline, TilePlan, check
+
+
+# The arguments of a call that decide the canvas after each step.
+DECIDING_ARGUMENTS = (
+    *("prompt", "prompt_2", "prompt_embeds", "pooled_prompt_embeds", "max_sequence_length"),
+    *("negative_prompt", "negative_prompt_2", "negative_prompt_embeds", "negative_pooled_prompt_embeds"),
+    *("ip_adapter_image", "ip_adapter_image_embeds"),
+    *("negative_ip_adapter_image", "negative_ip_adapter_image_embeds"),
+    *("image", "height", "width", "generator", "num_images_per_prompt", "latents", "first_step"),
+    *("num_inference_steps", "strength", "sigmas", "start_sigma", "guidance_scale", "true_cfg_scale"),
+    *("dino_conditioning_scale", "dino_guidance_start", "dino_guidance_end", "dino_embeds"),
+    *("frozen_tiles", "frozen_latents", "joint_attention_kwargs"),
+)
+# Those that do not: `tiles`, the plan, and the size stand for the second line.
+FREE_ARGUMENTS = (
+    *("output_type", "return_dict", "vae_residual", "tile_batch_size"),
+    *("upscale_factor", "tile_size", "tile_overlap"),
+    *("callback_on_step_end", "callback_on_step_end_tensor_inputs"),
+)
+SAMPLED_WEIGHTS = 16  # values of each weight by which a model is known
+
+
+def digest(buffer: Any) -> str:
+    return hashlib.sha256(buffer).hexdigest()[:16]
+
+
+def describe(value: Any) -> Any:
+    """A value as JSON can hold it: tensors, arrays, images and the states of generators as a digest."""
+    if isinstance(value, torch.Generator):
+        return f"seed {value.initial_seed()}, state {describe(value.get_state())}"
+    if isinstance(value, PIL.Image.Image):
+        # Pictures of 16 or 32 bits as they are: 8 bits would make most of their tones the same.
+        value = np.asarray(value if value.mode[0] in "IF" else value.convert("RGB"))
+    if isinstance(value, torch.Tensor):
+        data = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        return f"{str(value.dtype)[6:]} {tuple(value.shape)} {digest(data)}"
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} {value.shape} {digest(np.ascontiguousarray(value))}"
+    if isinstance(value, Mapping):
+        return {str(name): describe(entry) for name, entry in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [describe(entry) for entry in value]
+    return value if value is None or isinstance(value, (str, int, float)) else str(value)
+
+
+def describe_model(model: torch.nn.Module) -> str:
+    """
+    A model's class with a digest of its config, of some values of each weight that is not quantized, and of the state
+    of its LoRA layers. It is the same wherever offloading keeps the weights.
+    """
+    config = model.config if isinstance(model.config, Mapping) else {}
+    parts: list[Any] = [{name: value for name, value in config.items() if not name.startswith("_")}]
+    for name, module in model.named_modules():
+        parts.append(name)
+        if hasattr(module, "lora_A"):
+            parts.append([module.scaling, module.active_adapters, module.disable_adapters])
+        with align_module_device(module):
+            weights = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+            plain = [weight for weight in weights if type(weight) in (torch.nn.Parameter, torch.Tensor)]
+            parts += [weight.detach().flatten()[:SAMPLED_WEIGHTS].float() for weight in plain]
+    return f"{type(model).__name__} {digest(json.dumps(describe(parts)).encode())}"
+
+
+def complete_call(pipe: FluxDinoTilePipeline, arguments: dict[str, Any]) -> tuple[dict[str, Any], TilePlan]:
+    """
+    All arguments of `pipe(**arguments)` with defaults and sizes filled in and the image checked, and the tiles. Raises
+    a `ValueError` if image and sizes are out of range.
+    """
+    bound = inspect.signature(pipe.__call__).bind(**arguments)
+    bound.apply_defaults()
+    call = bound.arguments
+    call["image"] = pipe.check_image(call["image"])
+    size = (call["height"], call["width"], call["upscale_factor"])
+    call["height"], call["width"] = pipe.get_output_size(call["image"], *size)
+    call["num_inference_steps"], call["guidance_scale"], call["start_sigma"] = pipe.get_default_settings(
+        call["strength"], call["sigmas"], call["start_sigma"], call["num_inference_steps"], call["guidance_scale"]
+    )
+    return call, pipe.plan_tiles(call["height"], call["width"], call["tile_size"], call["tile_overlap"])
+
+
+def describe_call(pipe: FluxDinoTilePipeline, arguments: dict[str, Any]) -> dict[str, Any]:
+    """
+    What decides the canvas after each step of `pipe(**arguments)`, as JSON can hold it: arguments, tiles, models and
+    scheduler. The dtype of the VAE is left out, so that a result that it cannot decode in float16 can be decoded in
+    float32.
+    """
+    call, plan = complete_call(pipe, arguments)
+    models = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    return {
+        **{name: describe(call[name]) for name in DECIDING_ARGUMENTS},
+        "tiles": describe(asdict(plan)),
+        **{name: describe_model(model) for name, model in models.items()},
+        "dtype": {name: str(model.dtype) for name, model in models.items() if name != "vae"},
+        "scheduler": [type(pipe.scheduler).__name__, describe(pipe.scheduler.config)],
+    }
+
+
+def differences(settings: dict, others: dict, when: str) -> str:
+    """The settings that are not the same in `others`, in words."""
+    names = [name for name in {**settings, **others} if settings.get(name) != others.get(name)]
+    return "; ".join(f"{name} is {settings.get(name)!r:.80}, {when} {others.get(name)!r:.80}" for name in names)
+
+
+def check_scheduler(pipe: FluxDinoTilePipeline) -> None:
+    """Raises a `ValueError` unless each step of the scheduler depends on the canvas alone."""
+    name, is_stochastic = type(pipe.scheduler).__name__, pipe.scheduler.config.get("stochastic_sampling", False)
+    is_right = type(pipe.scheduler) is FlowMatchEulerDiscreteScheduler and not is_stochastic
+    expected = "a FlowMatchEulerDiscreteScheduler without `stochastic_sampling`, whose steps need the canvas alone"
+    check("scheduler", f"stochastic {name}" if is_stochastic else name, is_right, expected)
+
+
+def observe_steps(
+    arguments: dict[str, Any], observe: Callable[[Any, int, torch.Tensor, dict], None]
+) -> dict[str, Any]:
+    """
+    Arguments of a call which, after each step and the caller's own callback, also calls
+    `observe(pipeline, step, canvas, changes)` with the packed canvas and what the callback changed.
+    """
+    callback = arguments.get("callback_on_step_end")
+    names = arguments.get("callback_on_step_end_tensor_inputs", ["latents"])
+    check("callback_on_step_end", callback, callback is None or callable(callback), "callable")
+    check("callback_on_step_end_tensor_inputs", names, isinstance(names, (list, tuple)), "a list of names")
+
+    def call_both(pipeline, step, timestep, tensors):
+        asked = {name: tensors[name] for name in names}
+        changes = {} if callback is None else callback(pipeline, step, timestep, asked)
+        observe(pipeline, step, {**tensors, **changes}["latents"], changes)
+        return changes
+
+    all_names = [*names, *({"latents"} - set(names))]
+    return {**arguments, "callback_on_step_end": call_both, "callback_on_step_end_tensor_inputs": all_names}
