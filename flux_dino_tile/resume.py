@@ -70,7 +70,7 @@ class Checkpoint:
         check_scheduler(pipe)
         settings = describe_call(pipe, arguments)
         saved_settings, state = self.read()
-        step = int(state["step"]) if state else 0
+        step = int(state.get("step", 0))
         check_same_call(pipe, {**settings, "step saved": step, "settings saved": saved_settings})
         if saved_settings not in (None, settings):
             raise ValueError(
