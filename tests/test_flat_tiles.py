@@ -1,4 +1,4 @@
-"""`skip_flat_tiles`: which tiles count as flat, and that they end exactly at the input's latents."""
+"""Flat tiles: which tiles count as flat, and that they end exactly at the input's latents once they are frozen."""
 
 import math
 
@@ -7,11 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline_flux_dino_tile import feature_spread, tile_contrast
+from flux_dino_tile.diagnostics import feature_spread, find_flat_tiles, tile_contrast
 from tiny_models import ROOT, tiny_pipeline
 
 
 TILES = {"tile_size": 128, "tile_overlap": 32}
+FLAT = [0, 1, 2, 3, 6]
 
 
 def sky_and_photo(height: int = 256, width: int = 256) -> Image.Image:
@@ -37,10 +38,10 @@ def upscale(pipe, **kwargs):
 
 
 def encoded(pipe, plan):
-    """The latents of the input, as the pipeline encodes them from the same seed."""
-    pixels = pipe.prepare_image(sky_and_photo(), plan.height, plan.width)
+    """The latents of the input, the mode of what the VAE says."""
+    pixels = pipe.prepare_image([sky_and_photo()], plan.height, plan.width)
     with torch.no_grad():
-        return pipe.encode_tiles(pixels, plan, torch.Generator().manual_seed(0))
+        return pipe.sample_latents(pipe.encode_tiles(pixels, plan), sample_mode="argmax")
 
 
 # ---- What is flat --------------------------------------------------------------------------------------------------
@@ -79,46 +80,68 @@ def test_feature_spread():
     assert float(spread[2]) == pytest.approx(1 - float(cosines.mean()), abs=1e-5)
 
 
-def test_tiles_are_found_by_contrast_and_by_what_dino_sees(monkeypatch):
+def find(pipe, image=None, **kwargs):
+    return find_flat_tiles(pipe, sky_and_photo() if image is None else image, upscale_factor=1, **TILES, **kwargs)
+
+
+def test_tiles_are_found_by_contrast_and_by_what_dino_sees():
     pipe = tiny_pipeline(dino="dinov2")
-    plan = pipe.plan_tiles(256, 256, **TILES)
-    pixels = pipe.prepare_image(sky_and_photo(), 256, 256)
-    flat = pipe.find_flat_tiles(pixels, plan, None, 0.02)
-    assert len(plan) == 9 and flat == [0, 1, 2, 3, 6]
-    assert pipe.find_flat_tiles(pixels, plan, None, 1.0) == list(range(9))
+    assert find(pipe, max_contrast=0.02) == FLAT
+    assert find(pipe, max_contrast=1.0) == list(range(9))
     features = torch.ones(9, 1, 4, 4, 24)
     features[1] = torch.randn(1, 4, 4, 24, generator=torch.Generator().manual_seed(0))
-    assert pipe.find_flat_tiles(pixels, plan, features, 0.02) == [0, 2, 3, 6]
-    both = torch.cat([pixels, torch.zeros_like(pixels)])
-    assert pipe.find_flat_tiles(both, plan, None, 0.02) == flat
+    assert find(pipe, max_contrast=0.02, dino_embeds=features) == [0, 2, 3, 6]
+    both = [sky_and_photo(), Image.new("RGB", (256, 256))]
+    assert find(pipe, both, max_contrast=0.02) == FLAT
+    assert find(pipe, Image.new("RGB", (256, 256))) == list(range(9))
+
+
+def test_sizes_and_tiles_are_those_of_a_call():
+    pipe = tiny_pipeline()
+    assert find_flat_tiles(pipe, sky_and_photo(), height=300, width=500, max_contrast=1.0) == [0]
+    plan = pipe.plan_tiles(300, 500, **TILES)
+    found = find_flat_tiles(pipe, sky_and_photo(), height=300, width=500, **TILES, max_contrast=1.0)
+    assert found == list(range(len(plan)))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"max_contrast": 2}, "`max_contrast` must be a number from 0 to 1, a contrast, but is 2"),
+        ({"max_contrast": True}, "`max_contrast` must be a number from 0 to 1, a contrast, but is True"),
+        ({"dino_embeds": torch.ones(4, 1, 4, 4, 24)}, "`dino_embeds` must be of the 9 tiles of this image, but is of"),
+    ],
+)
+def test_wrong_arguments_are_named(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        find(tiny_pipeline(dino="dinov2"), **kwargs)
+
+
+def test_latents_are_refused():
+    with pytest.raises(ValueError, match="`image` must be pixels, whose contrast can be seen, not latents"):
+        find_flat_tiles(tiny_pipeline(), torch.zeros(1, 4, 32, 32))
 
 
 # ---- What becomes of them ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tile_fusion", ["step", "final"])
 @pytest.mark.parametrize("guidance_embeds", [False, True], ids=["schnell", "dev"])
-def test_flat_tiles_end_at_the_input_and_the_others_as_before(tile_fusion, guidance_embeds):
+def test_flat_tiles_end_at_the_input_and_the_others_do_not(guidance_embeds):
     pipe = tiny_pipeline(guidance_embeds)
     plan = pipe.plan_tiles(256, 256, **TILES)
-    flat, plain = (
-        pipe.unpack_canvas(upscale(pipe, tile_fusion=tile_fusion, skip_flat_tiles=skip), 256, 256)
-        for skip in (0.02, False)
-    )
+    flat, plain = (pipe.unpack_canvas(upscale(pipe, frozen_tiles=frozen), 256, 256) for frozen in (FLAT, []))
     clean = encoded(pipe, plan)
     inner = plan.tops[1] // 8
-    # What only the first tile covers is the input; without skipping it is something else.
+    # What only the first tile covers is the input; without skipping it is something else, as in the last tile.
     torch.testing.assert_close(flat[..., :inner, :inner], clean[..., :inner, :inner], atol=1e-5, rtol=1e-5)
     assert (plain - clean)[..., :inner, :inner].abs().max() > 0.05
-    # The last tile is only touched through its neighbours.
-    if tile_fusion == "final":
-        torch.testing.assert_close(flat[..., -inner:, -inner:], plain[..., -inner:, -inner:], atol=1e-5, rtol=1e-5)
+    assert (flat - clean)[..., -inner:, -inner:].abs().max() > 0.05
 
 
 def test_all_tiles_flat_is_the_input_and_no_transformer_call(monkeypatch):
     pipe = tiny_pipeline()
     monkeypatch.setattr(pipe.transformer, "forward", None)
-    result = pipe.unpack_canvas(upscale(pipe, skip_flat_tiles=1.0), 256, 256)
+    result = pipe.unpack_canvas(upscale(pipe, frozen_tiles=find(pipe, max_contrast=1.0)), 256, 256)
     clean = encoded(pipe, pipe.plan_tiles(256, 256, **TILES))
     torch.testing.assert_close(result, clean, atol=1e-5, rtol=1e-5)
 
@@ -126,7 +149,7 @@ def test_all_tiles_flat_is_the_input_and_no_transformer_call(monkeypatch):
 @pytest.mark.parametrize("tile_batch_size", [2, 4, 9])
 def test_the_batch_size_changes_nothing(tile_batch_size):
     pipe = tiny_pipeline()
-    one, many = (upscale(pipe, skip_flat_tiles=0.02, tile_batch_size=size) for size in (1, tile_batch_size))
+    one, many = (upscale(pipe, frozen_tiles=FLAT, tile_batch_size=size) for size in (1, tile_batch_size))
     torch.testing.assert_close(many, one, atol=1e-5, rtol=1e-5)
 
 
@@ -134,13 +157,14 @@ def test_the_transformer_runs_for_the_other_tiles_only():
     pipe = tiny_pipeline()
     calls = []
     pipe.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
-    upscale(pipe, skip_flat_tiles=0.02)
+    upscale(pipe, frozen_tiles=FLAT)
     assert len(calls) == 3 * (9 - 5)
     upscale(pipe)
     assert len(calls) == 3 * (9 - 5) + 3 * 9
 
 
-def test_off_and_a_picture_without_flat_tiles_are_the_same():
+def test_a_picture_without_flat_tiles_is_not_changed():
     pipe = tiny_pipeline()
     photo = Image.open(ROOT / "samples" / "photo.jpg").convert("RGB").resize((256, 256))
-    assert torch.equal(upscale(pipe, image=photo), upscale(pipe, image=photo, skip_flat_tiles=1e-4))
+    assert find(pipe, photo, max_contrast=1e-4) == []
+    assert torch.equal(upscale(pipe, image=photo), upscale(pipe, image=photo, frozen_tiles=[]))

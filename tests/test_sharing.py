@@ -97,7 +97,8 @@ def test_the_map_of_before_comes_back_after_an_error(monkeypatch):
             raise KeyError
 
     monkeypatch.setattr(worker_runs.PIPE, "map_tiles", own_map)
-    pytest.raises(KeyError, fail_in_context)
+    with pytest.raises(KeyError):
+        fail_in_context()
     assert worker_runs.PIPE.map_tiles is own_map
 
 
@@ -130,7 +131,7 @@ def test_a_scheduler_that_draws_noise_is_refused(monkeypatch):
     try:
         with (
             sharing_tiles(worker_runs.PIPE, torch.distributed.group.WORLD) as call,
-            pytest.raises(ValueError, match="`scheduler` must be .*, but is 'stochastic "),
+            pytest.raises(ValueError, match=r"`scheduler` must be .*, but is 'stochastic "),
         ):
             call(**settings())
     finally:
