@@ -8,23 +8,18 @@ from functools import partial
 
 import numpy as np
 import pytest
-import torch
 import worker_runs
 from PIL import Image
 from worker_runs import (
-    FLAT_PHOTO,
     NUM_STEPS,
     PHOTO,
     at_step,
     command_line,
-    enlarge,
     exit_codes,
     fail_to_read,
     kill_itself,
     outputs,
     run_out_of_memory,
-    share_picture,
-    share_with_other_settings,
     spoil_the_transformer,
     start_ranks,
     stop_itself,
@@ -33,7 +28,7 @@ from worker_runs import (
     write_slowly,
 )
 
-from pipeline_flux_dino_tile import CHECKPOINT_NAME, plan_tiles
+from flux_dino_tile.resume import CHECKPOINT_NAME
 from tiny_models import ROOT
 
 
@@ -70,49 +65,6 @@ def files(folder):
 
 
 # ---- The same result -----------------------------------------------------------------------------------------------
-
-
-CALLS = {
-    "step": {"tile_batch_size": 4},  # six tiles: two batches of three
-    "final": {"tile_batch_size": 5, "tile_fusion": "final", "image": PHOTO.crop((0, 0, 40, 40)), "upscale_factor": 3},
-    "flat tiles": {"image": FLAT_PHOTO, "skip_flat_tiles": 0.05, "negative_prompt": "blur", "true_cfg_scale": 2.0},
-}
-
-
-@pytest.mark.parametrize(("count", "name"), [(2, "step"), (3, "step"), (3, "final"), (2, "flat tiles")])
-def test_shared_tiles_give_the_same(context, tmp_path, count, name):
-    settings = CALLS[name]
-    latents, pixels = enlarge(**settings), torch.from_numpy(enlarge(**settings, output_type="np"))
-    codes, texts = run_ranks(context, share_picture, count, tmp_path, tmp_path, settings)
-    assert codes == [0] * count, texts
-    for rank in range(count):
-        result = torch.load(tmp_path / f"{rank}.pt")
-        assert torch.equal(result["latents"], latents)
-        assert torch.equal(result["pixels"], pixels)
-
-
-def test_bytes_that_a_process_receives(context, tmp_path):
-    """As docs/reliability.md computes them: the tiles of the others, in float32, in every step."""
-    count = 3
-    codes, texts = run_ranks(context, share_picture, count, tmp_path, tmp_path, {})
-    assert codes == [0] * count, texts
-    plan = plan_tiles(64, 96, 48, 16)
-    num_rounds = -(-len(plan) // count)
-    velocity, mean_and_variance, pixels, features = 4 * 6 * 6 * 4, 8 * 6 * 6 * 4, 3 * 48 * 48 * 4, 3 * 3 * 24 * 4
-    a_canvas = num_rounds * (count - 1) * (NUM_STEPS * velocity + mean_and_variance + features)
-    received = torch.load(tmp_path / "0.pt")["received"]
-    # One call for latents, one for pixels.
-    assert sum(received) == 2 * a_canvas + num_rounds * (count - 1) * pixels
-
-
-@pytest.mark.parametrize("tile_batch_size", [2, 4, 6])
-def test_tile_batch_size_changes_rounding_only(tile_batch_size):
-    """Matrix products of another size round otherwise, so that a byte of the picture may change by one."""
-    kwargs = {"tile_batch_size": tile_batch_size}
-    torch.testing.assert_close(enlarge(**kwargs), enlarge(), atol=1e-6, rtol=0)
-    result, expected = (np.asarray(enlarge(**call, output_type="pil")[0], dtype=int) for call in (kwargs, {}))
-    assert np.abs(result - expected).max() <= 1
-    assert (result != expected).mean() < 1e-3
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -203,35 +155,6 @@ def test_a_plan_is_printed_once(context, tmp_path, photos):
     codes, texts = run_command(context, 2, tmp_path, photos, "--plan")
     assert codes == [0, 0]
     assert "5 images" in texts[0] and texts[1] == ""
-
-
-# ---- Processes that do not agree -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("seeds", "changes", "message"),
-    [
-        ([0, 1], [{}, {}], "generator is 'seed 0, .*, in process 1 'seed 1,"),
-        ([0, 0], [{"prompt": "a"}, {"prompt": "b"}], "prompt is 'a', in process 1 'b'"),
-        ([None, None], [{}, {}], "`process_group` needs a `generator`"),
-    ],
-    ids=["seed", "prompt", "no seed"],
-)
-def test_other_calls_are_refused_in_all(context, tmp_path, seeds, changes, message):
-    codes, texts = run_ranks(context, share_with_other_settings, 2, tmp_path, tmp_path, seeds, changes)
-    assert codes == [0, 0], texts
-    for rank in range(2):
-        assert re.search(message, (tmp_path / f"error-{rank}.txt").read_text())
-
-
-def test_a_checkpoint_that_only_one_sees_is_refused_in_all(context, tmp_path):
-    enlarge(checkpoint_dir=tmp_path / "shared")
-    changes = [{"checkpoint_dir": tmp_path / "shared"}, {"checkpoint_dir": tmp_path / "other"}]
-    codes, texts = run_ranks(context, share_with_other_settings, 2, tmp_path, tmp_path, [0, 0], changes)
-    assert codes == [0, 0], texts
-    for rank in range(2):
-        error = (tmp_path / f"error-{rank}.txt").read_text()
-        assert "must make the same call: step of the checkpoint is 3, in process 1 0" in error
 
 
 # ---- Processes that die --------------------------------------------------------------------------------------------

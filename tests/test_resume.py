@@ -280,6 +280,39 @@ def test_latents_that_a_callback_spoils_are_not_saved(tmp_path):
     assert torch.equal(enlarge(tmp_path), enlarge())
 
 
+@pytest.mark.parametrize("broken", [0, 1])
+def test_a_step_that_fails_leaves_the_checkpoint_of_the_one_before(pipe, tmp_path, broken):
+    """What is saved is finite, and the run goes on from it."""
+    expected = enlarge()
+    weight = pipe.transformer.proj_out.weight
+    value = weight[3, 4].item()
+
+    def break_weight(pipeline, index, timestep, kwargs):
+        if index == broken:
+            weight.data[3, 4] = torch.inf
+        return {}
+
+    with pytest.raises(FloatingPointError, match=f"at step {broken + 2} of 3"):
+        enlarge(tmp_path, callback_on_step_end=break_weight)
+    checkpoint = load_file(tmp_path / CHECKPOINT_NAME)
+    assert int(checkpoint["step"]) == broken + 1 and checkpoint["latents"].isfinite().all()
+    weight.data[3, 4] = value
+    assert torch.equal(enlarge(tmp_path), expected)
+
+
+def test_a_decoder_that_overflows_in_float16_is_run_again_in_float32(pipe, tmp_path):
+    """As the message says, and without denoising again."""
+    pipe.vae.decoder.conv_in.weight.data *= 3e5
+    pipe.vae.half()
+    with pytest.raises(FloatingPointError, match=r"run it in float32 with `pipe.vae.to"):
+        enlarge(tmp_path, output_type="np")
+    pipe.vae.to(torch.float32)
+    calls = []
+    pipe.transformer.register_forward_hook(lambda *_: calls.append(1))
+    enlarge(tmp_path, output_type="np")
+    assert calls == []
+
+
 # ---- Refused -------------------------------------------------------------------------------------------------------
 
 OTHER_SETTINGS = {

@@ -6,8 +6,8 @@ import pytest
 import torch
 import worker_runs
 from diffusers import FlowMatchEulerDiscreteScheduler
-from worker_runs import FLAT_PHOTO, NUM_STEPS, PHOTO, exit_codes, outputs, start_ranks
-from wrapped_runs import enlarge, settings, share_other_calls, share_picture, share_with_checkpoint
+from worker_runs import FLAT_PHOTO, NUM_STEPS, PHOTO, exit_codes, outputs, settings, start_ranks
+from wrapped_runs import enlarge, share_other_calls, share_picture, share_with_checkpoint
 
 from flux_dino_tile.resume import CHECKPOINT_NAME
 from flux_dino_tile.sharing import is_first_process, sharing_tiles

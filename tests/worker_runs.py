@@ -20,9 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-import pipeline_flux_dino_tile
 from flux_dino_tile import image_files, upscale
-from flux_dino_tile.image_files import Picture, write_picture
 from tiny_models import ROOT, tiny_pipeline
 
 
@@ -41,48 +39,25 @@ def make_context() -> multiprocessing.context.ForkServerContext:
     return context
 
 
+def settings(**kwargs) -> dict:
+    """Of a call: six tiles of 48 x 48 px in three steps; latents unless `kwargs` say otherwise."""
+    values = {"image": PHOTO, "upscale_factor": 2, "prompt": "a photo", "start_sigma": 0.6}
+    values |= {"num_inference_steps": NUM_STEPS, "max_sequence_length": 16, "tile_size": 48, "tile_overlap": 16}
+    values |= {"dino_conditioning_scale": 0.5, "output_type": "latent", "generator": generator()}
+    return {**values, **kwargs}
+
+
 def enlarge(**kwargs):
-    """Six tiles of 48 x 48 px in three steps; latents unless `kwargs` say otherwise."""
-    settings = {"image": PHOTO, "upscale_factor": 2, "prompt": "a photo", "start_sigma": 0.6}
-    settings |= {"num_inference_steps": NUM_STEPS, "max_sequence_length": 16, "tile_size": 48, "tile_overlap": 16}
-    settings |= {"dino_conditioning_scale": 0.5, "output_type": "latent", "generator": generator()}
-    return PIPE(**{**settings, **kwargs}).images
+    """The images of a call."""
+    return PIPE(**settings(**kwargs)).images
 
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def finish_picture(folder: Path, settings: dict) -> None:
-    """What a run does for one picture: denoise with checkpoints and write the file."""
-    torch.set_num_threads(1)
-    image = enlarge(checkpoint_dir=folder / "checkpoint", output_type="pil", **settings)[0]
-    write_picture(Picture(image, Image.Exif(), None), folder / "picture.png", "test")
-
-
 def kill_itself(*_args, **_kwargs) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def finish_picture_killed_in_write(folder: Path, settings: dict, write: int, moment: str) -> None:
-    """The same, but killed at a moment of the `write`-th checkpoint's write."""
-    save_file, replace, counter = pipeline_flux_dino_tile.save_file, os.replace, iter(range(100))
-
-    def save(tensors, path, metadata):
-        if next(counter) == write:
-            if moment == "half written":
-                save_file(tensors, path, metadata)
-                os.truncate(path, os.path.getsize(path) // 2)
-            if moment in ("half written", "before"):
-                kill_itself()
-            if moment == "written":
-                os.replace = kill_itself
-            if moment == "replaced":
-                os.replace = lambda *paths: kill_itself(replace(*paths))
-        save_file(tensors, path, metadata)
-
-    pipeline_flux_dino_tile.save_file = save
-    finish_picture(folder, settings)
 
 
 def count_layers(function: Callable, *arguments, kill_at: int | None = None, **kwargs) -> int:
@@ -100,11 +75,6 @@ def count_layers(function: Callable, *arguments, kill_at: int | None = None, **k
     finally:
         handle.remove()
     return len(calls)
-
-
-def finish_picture_killed_in_layer(folder: Path, settings: dict, layer: int) -> None:
-    """The same, but killed in a forward pass."""
-    count_layers(finish_picture, folder, settings, kill_at=layer)
 
 
 # ---- Several processes ---------------------------------------------------------------------------------------------
@@ -151,35 +121,6 @@ def exit_codes(processes: list, timeout: float = 60) -> list[int | None]:
 
 def outputs(folder: Path, count: int) -> list[str]:
     return [(folder / f"output-{rank}.txt").read_text() for rank in range(count)]
-
-
-def share_picture(folder: Path, settings: dict) -> None:
-    """Saves what every process gets for a picture whose tiles they share, and the bytes that it received."""
-    torch.distributed.init_process_group("gloo")
-    gather, received = torch.distributed.all_gather, []
-
-    def counting_gather(results, value, group):
-        received.append((len(results) - 1) * value.nbytes)
-        gather(results, value, group=group)
-
-    torch.distributed.all_gather = counting_gather
-    latents = enlarge(process_group=torch.distributed.group.WORLD, **settings)
-    pixels = enlarge(process_group=torch.distributed.group.WORLD, **settings, output_type="np")
-    rank = torch.distributed.get_rank()
-    torch.save({"latents": latents, "pixels": torch.from_numpy(pixels), "received": received}, folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-def share_with_other_settings(folder: Path, seeds: list[int | None], changes: list[dict]) -> None:
-    """Calls with another seed and other settings in each process; saves the error."""
-    torch.distributed.init_process_group("gloo")
-    rank = torch.distributed.get_rank()
-    seed = seeds[rank]
-    source = None if seed is None else generator(seed)
-    try:
-        enlarge(process_group=torch.distributed.group.WORLD, generator=source, **changes[rank])
-    except ValueError as error:
-        (folder / f"error-{rank}.txt").write_text(str(error))
 
 
 def command_line(arguments: list[str], faults: dict[int, Callable] | None = None) -> int:

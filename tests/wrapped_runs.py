@@ -8,18 +8,10 @@ import safetensors.torch
 import torch
 import worker_runs
 from torch.distributed import group
-from worker_runs import NUM_STEPS, PHOTO, count_layers, generator, kill_itself
+from worker_runs import PHOTO, count_layers, generator, kill_itself, settings
 
 from flux_dino_tile.resume import Checkpoint
 from flux_dino_tile.sharing import sharing_tiles
-
-
-def settings(**kwargs) -> dict:
-    """Of a call: six tiles of 48 x 48 px in three steps; latents unless `kwargs` say otherwise."""
-    values = {"image": PHOTO, "upscale_factor": 2, "prompt": "a photo", "start_sigma": 0.6}
-    values |= {"num_inference_steps": NUM_STEPS, "max_sequence_length": 16, "tile_size": 48, "tile_overlap": 16}
-    values |= {"dino_conditioning_scale": 0.5, "output_type": "latent", "generator": generator()}
-    return {**values, **kwargs}
 
 
 def enlarge(folder: Path | None = None, every: int = 1, **kwargs):
