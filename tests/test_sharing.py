@@ -7,8 +7,9 @@ import torch
 import worker_runs
 from diffusers import FlowMatchEulerDiscreteScheduler
 from worker_runs import FLAT_PHOTO, NUM_STEPS, PHOTO, exit_codes, outputs, settings, start_ranks
-from wrapped_runs import enlarge, share_other_calls, share_picture, share_with_checkpoint
+from wrapped_runs import enlarge, share_diagnosis, share_other_calls, share_picture, share_with_checkpoint
 
+from flux_dino_tile.diagnostics import upscale_with_diagnosis
 from flux_dino_tile.resume import CHECKPOINT_NAME
 from flux_dino_tile.sharing import is_first_process, sharing_tiles
 
@@ -53,6 +54,18 @@ def test_shared_tiles_give_the_same(context, tmp_path, count, name):
         result = torch.load(tmp_path / f"{rank}.pt")
         assert torch.equal(result["latents"], latents)
         assert torch.equal(result["strips"], strips)
+
+
+def test_a_shared_diagnosis_gives_the_same(context, tmp_path):
+    kwargs = {"output_type": "pt"}
+    expected = upscale_with_diagnosis(worker_runs.PIPE, 1.0, 0.2, **settings(**kwargs))
+    codes, texts = run_ranks(context, share_diagnosis, 2, tmp_path, kwargs)
+    assert codes == [0, 0], texts
+    for rank in range(2):
+        images, _, similarity, seams, suspects = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+        assert torch.equal(images, expected.images)
+        assert torch.equal(similarity, expected.dino_similarity) and torch.equal(seams, expected.seam_score)
+        assert suspects == expected.suspects
 
 
 def test_bytes_that_a_process_receives(context, tmp_path):

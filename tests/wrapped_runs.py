@@ -10,6 +10,7 @@ import worker_runs
 from torch.distributed import group
 from worker_runs import PHOTO, count_layers, generator, kill_itself, settings
 
+from flux_dino_tile.diagnostics import upscale_with_diagnosis
 from flux_dino_tile.resume import Checkpoint
 from flux_dino_tile.sharing import sharing_tiles
 
@@ -122,6 +123,15 @@ def share_with_checkpoint(folder: Path, dead: int | None) -> None:
     with sharing_tiles(worker_runs.PIPE, group.WORLD):
         latents = enlarge(folder / "checkpoint", callback_on_step_end=kill)
     torch.save(latents, folder / f"{rank}.pt")
+
+
+def share_diagnosis(folder: Path, kwargs: dict) -> None:
+    """Saves the diagnosis of a picture whose tiles are shared, all of them done again."""
+    torch.distributed.init_process_group("gloo")
+    with sharing_tiles(worker_runs.PIPE, group.WORLD):
+        output = upscale_with_diagnosis(worker_runs.PIPE, 1.0, 0.2, **settings(**kwargs))
+    torch.save(output.to_tuple(), folder / f"{torch.distributed.get_rank()}.pt")
+    torch.distributed.destroy_process_group()
 
 
 def run_code(folder: Path, code: str) -> None:
