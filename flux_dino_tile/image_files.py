@@ -31,7 +31,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
-from .large_files import can_write_strips, write_strips
+from .large_files import VIPS_OPTIONS, encode, write_strips
 
 
 WRITE_FORMATS = {
@@ -286,7 +286,7 @@ def temporary_path(path: Path) -> Path:
 
 def can_be_written_in_strips(path: Path, size: tuple[int, int]) -> bool:
     """Whether a picture of this size is large, and the format of the path's suffix can be written from strips."""
-    return math.prod(size) > MAX_WHOLE_PIXELS and can_write_strips(WRITE_FORMATS[path.suffix.lower()])
+    return math.prod(size) > MAX_WHOLE_PIXELS and WRITE_FORMATS[path.suffix.lower()] in VIPS_OPTIONS
 
 
 def resize_strips(image: Image.Image, size: tuple[int, int]) -> Iterator[Image.Image]:
@@ -327,22 +327,14 @@ def write_picture(
     image_format = WRITE_FORMATS[path.suffix.lower()]
     losses: list[str] = []
     exif, notes = storable_exif(picture.exif, image_format, software, picture.image.size if strips is None else size)
+    metadata = {"exif": exif.tobytes(), "icc_profile": picture.icc_profile}
     with replacing(path) as temporary:
         if strips is None:
             image, losses = storable_image(picture.image, image_format)
-            # Not straight to the file: where the disk gets full, Pillow may drop the end without an error.
-            encoded = BytesIO()
-            image.save(
-                encoded,
-                format=image_format,
-                exif=exif.tobytes(),
-                icc_profile=picture.icc_profile,
-                **SAVE_OPTIONS[image_format],
-            )
-            temporary.write_bytes(encoded.getbuffer())
+            temporary.write_bytes(encode(image, image_format, **SAVE_OPTIONS[image_format], **metadata))
         else:
             storable = (keep_losses(storable_image(strip, image_format), losses) for strip in strips)
-            write_strips(temporary, image_format, size, storable, exif, picture.icc_profile)
+            write_strips(temporary, image_format, storable, metadata)
     return losses + notes
 
 

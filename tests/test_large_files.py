@@ -5,7 +5,7 @@ import pytest
 from PIL import ExifTags, Image, TiffImagePlugin
 from test_image_files import EXIF_IFD, GPS_IFD, SRGB, camera_exif, grey_16, pixels
 
-from flux_dino_tile import image_files, large_files, upscale
+from flux_dino_tile import image_files, upscale
 from flux_dino_tile.image_files import Picture, resize_strips, write_picture
 
 
@@ -72,12 +72,6 @@ def test_bicubic_in_strips_is_bicubic(mode, size):
     assert result.shape == expected.shape
 
 
-@pytest.fixture
-def small_is_large(monkeypatch):
-    monkeypatch.setattr(image_files, "MAX_WHOLE_PIXELS", 1000)
-    monkeypatch.setattr(image_files, "STRIP_ROWS", 20)
-
-
 def run_both(source, folder, monkeypatch, *options):
     """Enlarges the source in strips and as a whole; returns both images."""
     images = []
@@ -116,13 +110,6 @@ def test_flux_in_strips_is_flux(tmp_path, monkeypatch, tiny_model, mode):
     strips, whole = run_both(tmp_path / "in.png", tmp_path, monkeypatch, *options)
     assert strips.mode == whole.mode == mode
     assert np.array_equal(np.asarray(strips), np.asarray(whole))
-
-
-def test_jpeg_without_pyvips_is_written_from_memory(tmp_path, monkeypatch, small_is_large):
-    monkeypatch.setattr(large_files.importlib.util, "find_spec", lambda name: None)
-    pixels("RGB", (40, 30)).save(tmp_path / "in.png")
-    assert upscale.main([str(tmp_path / "in.png"), str(tmp_path / "out.jpg")]) == 0
-    assert Image.open(tmp_path / "out.jpg").size == (160, 120)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
