@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Reads image files of every usual kind into five modes, and writes them with their EXIF and ICC profile.
+"""Reads image files of every usual kind into five modes, and writes them with their EXIF, colours and resolution.
 
 The modes are "L", "LA", "RGB" and "RGBA" with 8 bits per channel, and "F" for 16-bit grey as floats from 0 to 65535
 (Pillow's own 16-bit resize clips between its two passes).
@@ -20,6 +20,7 @@ The modes are "L", "LA", "RGB" and "RGBA" with 8 bits per channel, and "F" for 1
 
 import math
 import os
+import struct
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -29,7 +30,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms, ImageFile, TiffImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageFile, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngInfo
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PLANAR_CONFIGURATION, TiffImageFile
 
 from .large_files import VIPS_OPTIONS, encode, write_strips
 
@@ -53,6 +57,18 @@ STRIP_ROWS = 512
 # What Pillow resizes pictures with transparency in.
 PREMULTIPLIED = {"LA": "La", "RGBA": "RGBa"}
 MAX_JPEG_EXIF = 65533
+MAX_DPI = 65535  # JPEG's limit
+DPI_TAGS = (ExifTags.Base.XResolution, ExifTags.Base.YResolution)
+# The chunks of a PNG that say how its colours are meant, beside the ICC profile, and what two of them hold for sRGB.
+COLOR_CHUNKS = (b"cICP", b"sRGB", b"gAMA", b"cHRM")
+SRGB_CHUNKS = {
+    b"gAMA": struct.pack(">I", 45455),
+    b"cHRM": struct.pack(">8I", 31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000),
+}
+# Primaries and transfer function in a cICP (ITU-T H.273) that are shown as sRGB: its own, of video, or not known.
+SRGB_CODES = (b"\1\x0d", b"\1\1", b"\1\6", b"\2\2")
+MAX_AVIF_HEADER = 2**16  # bytes
+UNFIT_PROFILE = "the ICC profile does not fit the pixels and is not kept"
 SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     "PNG": {},
     "JPEG": {"quality": 95, "subsampling": 0},
@@ -64,7 +80,7 @@ SAVE_OPTIONS: dict[str, dict[str, Any]] = {
 # Tags of a TIFF's first directory that lay out its pixels or belong to other metadata; they are false in another file.
 LAYOUT_TAGS = {
     *(254, 255, 256, 257, 258, 259, 262, 263, 264, 265, 266, 273, 274, 277, 278, 279, 280, 281, 284, 288, 289, 290),
-    *(291, 292, 293, 297, 301, 317, 318, 319, 320, 321, 322, 323, 324, 325, 330, 332, 333, 334, 336, 338, 339, 340),
+    *(291, 292, 293, 297, 301, 317, 320, 321, 322, 323, 324, 325, 330, 332, 333, 334, 336, 338, 339, 340),
     *(341, 347, 512, 513, 514, 515, 517, 518, 519, 520, 521, 529, 530, 531, 532, 700, 33723, 34377, 34675),
 }
 # Pillow's `exif_transpose` would fail on EXIF that cannot be written again.
@@ -82,12 +98,21 @@ NESTED_TAGS = (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)
 
 @dataclass
 class Picture:
-    """An upright image with what belongs to it; `notes` say in words what was lost in reading it."""
+    """
+    An upright image with what belongs to it.
+
+    Args:
+        notes (`list[str]`): What was lost in reading it, in words.
+        dpi (`tuple[float, float]`, *optional*): Pixels per inch across and down.
+        color_chunks (`dict[bytes, bytes]`): By name the chunks of a PNG that say how the colours are meant.
+    """
 
     image: Image.Image
     exif: Image.Exif
     icc_profile: bytes | None
     notes: list[str] = field(default_factory=list)
+    dpi: tuple[float, float] | None = None
+    color_chunks: dict[bytes, bytes] = field(default_factory=dict)
 
 
 def first_line(error: BaseException) -> str:
@@ -119,15 +144,15 @@ def open_image(path: Path) -> Iterator[ImageFile.ImageFile]:
             raise
         except Exception as error:  # Pillow's decoders raise anything on broken bytes
             raise OSError(f"cannot be read: {first_line(error)}") from error
-        if isinstance(image, TiffImagePlugin.TiffImageFile) and has_deep_planes(image):
+        if isinstance(image, TiffImageFile) and has_deep_planes(image):
             raise OSError("has 16-bit colour in separate planes, which Pillow cannot read: save it with 8 bits")
         yield image
 
 
-def has_deep_planes(image: TiffImagePlugin.TiffImageFile) -> bool:
+def has_deep_planes(image: TiffImageFile) -> bool:
     """Whether each channel is stored apart with more than 8 bits, which Pillow takes for 8 bits without a word."""
-    bits = image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (1,))
-    return image.tag_v2.get(TiffImagePlugin.PLANAR_CONFIGURATION) == 2 and len(bits) > 1 and max(bits) > 8
+    bits = image.tag_v2.get(BITSPERSAMPLE, (1,))
+    return image.tag_v2.get(PLANAR_CONFIGURATION) == 2 and len(bits) > 1 and max(bits) > 8
 
 
 def unreadable_reason(file: BinaryIO) -> str:
@@ -146,7 +171,7 @@ def upright_size(path: Path) -> tuple[int, int]:
         warnings.simplefilter("ignore")
         with open_image(path) as image:
             width, height = image.size
-            if isinstance(image, TiffImagePlugin.TiffImageFile):
+            if isinstance(image, TiffImageFile):
                 # The size of a TIFF is upright already, in newer versions of Pillow.
                 width, height = (image.tag_v2[tag] for tag in (256, 257))
             is_turned = read_exif(image).get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
@@ -160,7 +185,10 @@ def read_picture(path: Path) -> Picture:
         warnings.simplefilter("ignore")
         with open_image(path) as image:
             try:
-                return convert_picture(image)
+                picture = convert_picture(image)
+                if image.format in ("PNG", "AVIF"):
+                    picture.color_chunks = read_color_chunks(path, image.format)
+                return picture
             except MemoryError:
                 raise
             except Exception as error:  # as in `open_image`
@@ -174,16 +202,21 @@ def convert_picture(file: ImageFile.ImageFile) -> Picture:
     storage = str(file.tile)
     icc_profile = file.info.get("icc_profile")
     transparent = file.info.get("transparency")
+    orientation = file.tag_v2.get(ExifTags.Base.Orientation) if isinstance(file, TiffImageFile) else None
     # Loading turns a TIFF upright and takes the tag away.
     file.load()
     stored_exif = read_exif(file)
     turn = TURNS.get(stored_exif.get(ExifTags.Base.Orientation, 1))
     image = file.copy() if turn is None else file.transpose(turn)
+    orientation = orientation or stored_exif.get(ExifTags.Base.Orientation)
     try:
         exif = portable_exif(stored_exif)
     except Exception:  # as in `open_image`
         exif = Image.Exif()
         notes.append("the EXIF is broken and is not kept")
+    dpi = read_dpi(file, exif)
+    if dpi and orientation in (5, 6, 7, 8):
+        dpi = dpi[::-1]
 
     # Pillow before 11 reads a 16-bit grey PNG as "I".
     is_grey_16 = image.mode.startswith("I;16") or (image.mode == "I" and file.format == "PNG")
@@ -201,17 +234,84 @@ def convert_picture(file: ImageFile.ImageFile) -> Picture:
             notes.append("16 bits are read as 8 beside the transparency")
     elif image.mode in ("CMYK", "LAB", "YCbCr"):
         image, icc_profile = to_srgb(image, icc_profile)
+        if file.info.get("icc_profile") and not icc_profile:
+            notes.append(UNFIT_PROFILE)
     elif image.has_transparency_data:
         is_grey = image.mode in ("1", "L", "LA", "La") or "'LA;16B'" in storage
         image = image.convert("RGBA").convert("LA") if is_grey else image.convert("RGBA")
     else:
         image = image.convert("L" if image.mode in ("1", "L") else "RGB")
     image.info = {}
-    return Picture(image, exif, icc_profile, notes)
+    return Picture(image, exif, icc_profile, notes, dpi)
+
+
+def read_dpi(file: ImageFile.ImageFile, exif: Image.Exif) -> tuple[float, float] | None:
+    """Pixels per inch across and down as the file stores them, or else as its EXIF does."""
+    dpi = file.info.get("dpi")
+    # Of a JPEG that does not say it, Pillow reads half of the EXIF's, or says 72.
+    if dpi is None or (isinstance(file, JpegImageFile) and not file.info.get("jfif_unit")):
+        per_inch = 2.54 if exif.get(ExifTags.Base.ResolutionUnit) == 3 else 1
+        try:
+            dpi = tuple(float(exif[tag]) * per_inch for tag in DPI_TAGS)
+        except (KeyError, TypeError, ValueError, ZeroDivisionError):
+            return None
+    across, down = (round(float(value), 2) for value in dpi)
+    return (across, down) if 1 <= across <= MAX_DPI and 1 <= down <= MAX_DPI else None
+
+
+def read_color_chunks(path: Path, image_format: str) -> dict[bytes, bytes]:
+    """By name the chunks of a PNG that say how its colours are meant; those of an AVIF as a PNG would say it."""
+    with open(path, "rb") as file:
+        if image_format == "AVIF":
+            start = file.read(MAX_AVIF_HEADER)
+            place = start.find(b"colrnclx")
+            codes = start[place + 9 : place + 12 : 2]
+            return {} if place < 0 or codes in SRGB_CODES else {b"cICP": codes + b"\0\1"}
+        chunks = {}
+        file.seek(8)
+        while len(header := file.read(8)) == 8 and header[4:] != b"IDAT":
+            (length,) = struct.unpack(">I", header[:4])
+            if header[4:] in COLOR_CHUNKS:
+                chunks[header[4:]] = file.read(length)
+                length = 0
+            file.seek(length + 4, os.SEEK_CUR)
+        return chunks
+
+
+def means_srgb(chunks: dict[bytes, bytes]) -> bool:
+    """Whether colours that a PNG describes by these chunks are shown as if it had none."""
+    if b"cICP" in chunks:
+        return chunks[b"cICP"][:2] in SRGB_CODES
+    return b"sRGB" in chunks or all(chunks.get(name, srgb) == srgb for name, srgb in SRGB_CHUNKS.items())
+
+
+def opaque_colors(image: Image.Image) -> Image.Image:
+    """
+    An RGB version of the image without its transparency, for a model that knows none.
+
+    What cannot be seen, often black, gets the colours around it, or else they would darken the edges beside it.
+    """
+    if image.mode not in PREMULTIPLIED:
+        return image.convert("RGB")
+    colors, mask = image.convert("RGB"), image.getchannel("A").point(lambda alpha: 255 * (alpha > 0))
+    if mask.getextrema() != (0, 255):
+        return colors
+    seen = colors.copy()
+    seen.putalpha(mask)
+    # Pillow reduces premultiplied, so that only what can be seen counts.
+    around = opaque_colors(seen.reduce(2)).resize(image.size, Image.Resampling.BILINEAR)
+    return Image.composite(colors, around, mask)
 
 
 def to_srgb(image: Image.Image, icc_profile: bytes | None) -> tuple[Image.Image, bytes | None]:
-    """An RGB version of the image; through its ICC profile, then with an sRGB profile, if it has one that fits."""
+    """
+    An RGB version of the image, which may be grey with transparency; through its ICC profile, then with an sRGB
+    profile, if it has one that fits.
+    """
+    if image.mode == "LA":
+        colors, icc_profile = to_srgb(image.convert("L"), icc_profile)
+        colors.putalpha(image.getchannel("A"))
+        return colors, icc_profile
     try:
         source = ImageCms.ImageCmsProfile(BytesIO(icc_profile or b""))
         target = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
@@ -235,8 +335,8 @@ def portable_exif(exif: Image.Exif) -> Image.Exif:
             copy[tag] = value
     for tag in NESTED_TAGS:
         if nested := dict(exif.get_ifd(tag)):
-            # It says which rules the camera's file followed, and Pillow does not write it to TIFFs.
-            nested.pop(ExifTags.IFD.Interop, None)
+            if nested.pop(ExifTags.IFD.Interop, None) is not None:
+                nested[ExifTags.IFD.Interop] = dict(exif.get_ifd(ExifTags.IFD.Interop))
             copy[tag] = nested
     copy.tobytes()  # raises on values that cannot be written
     return copy
@@ -325,12 +425,16 @@ def write_picture(
         `list[str]`: What the format could not hold, in words.
     """
     image_format = WRITE_FORMATS[path.suffix.lower()]
-    losses: list[str] = []
-    exif, notes = storable_exif(picture.exif, image_format, software, picture.image.size if strips is None else size)
-    metadata = {"exif": exif.tobytes(), "icc_profile": picture.icc_profile}
+    image, losses = picture.image, list[str]()
+    if strips is None:
+        image, losses = storable_image(image, image_format)
+        size = image.size
+    profile = picture.icc_profile
+    if image_format == "WEBP" and image.mode in ("L", "LA") and profile and profile[16:20] == b"GRAY":
+        image, profile = to_srgb(image, profile)
+    metadata, notes = storable_metadata(picture, image_format, profile, "RGB" in image.mode, software, size)
     with replacing(path) as temporary:
         if strips is None:
-            image, losses = storable_image(picture.image, image_format)
             temporary.write_bytes(encode(image, image_format, **SAVE_OPTIONS[image_format], **metadata))
         else:
             storable = (keep_losses(storable_image(strip, image_format), losses) for strip in strips)
@@ -365,18 +469,49 @@ def keep_losses(stored: tuple[Image.Image, list[str]], losses: list[str]) -> Ima
     return image
 
 
+def storable_metadata(
+    picture: Picture, image_format: str, profile: bytes | None, has_rgb: bool, software: str, size: tuple[int, int]
+) -> tuple[dict[str, Any], list[str]]:
+    """Arguments for Pillow's `save` as far as the format can hold them, and what was lost."""
+    exif, notes = storable_exif(picture, image_format, software, size)
+    # Grey is shown right as RGB, and WebP has nothing else.
+    if profile and profile[16:20] != (b"RGB " if has_rgb or image_format == "WEBP" else b"GRAY"):
+        profile = None
+    if picture.icc_profile and not profile:
+        notes.append(UNFIT_PROFILE)
+    metadata: dict[str, Any] = {"exif": exif.tobytes(), "icc_profile": profile}
+    if picture.dpi and image_format in ("PNG", "JPEG"):
+        metadata["dpi"] = picture.dpi
+    if image_format == "PNG":
+        metadata["pnginfo"] = PngInfo()
+        for name, content in picture.color_chunks.items():
+            metadata["pnginfo"].add(name, content)
+    elif not means_srgb(picture.color_chunks) and (b"cICP" in picture.color_chunks or not profile):
+        names = " and ".join(name.decode() for name in COLOR_CHUNKS if name in picture.color_chunks)
+        notes.append(f"{image_format} cannot hold how the colours are meant ({names}): they may look different")
+    return metadata, notes
+
+
 def storable_exif(
-    exif: Image.Exif, image_format: str, software: str, size: tuple[int, int]
+    picture: Picture, image_format: str, software: str, size: tuple[int, int]
 ) -> tuple[Image.Exif, list[str]]:
-    """The EXIF with the text for Software and the new size, as far as the format can hold it, and what was lost."""
+    """The EXIF with Software, size and resolution, as far as the format can hold it, and what was lost."""
+    exif, notes = picture.exif, []
     exif[ExifTags.Base.Software] = software
+    if picture.dpi:
+        exif[ExifTags.Base.XResolution], exif[ExifTags.Base.YResolution] = picture.dpi
+        exif[ExifTags.Base.ResolutionUnit] = 2
     if nested := exif.get(ExifTags.IFD.Exif):
         nested[ExifTags.Base.ExifImageWidth], nested[ExifTags.Base.ExifImageHeight] = size
+        # Pillow writes it to no TIFF.
+        rules = nested.pop(ExifTags.IFD.Interop, {}) if image_format == "TIFF" else {}
+        if rules.get(ExifTags.Interop.InteropIndex) == "R03" and not picture.icc_profile:
+            notes.append("TIFF cannot hold the EXIF's mark of Adobe RGB: the colours may look different")
     if image_format == "JPEG" and len(exif.tobytes()) > MAX_JPEG_EXIF:
         exif = Image.Exif()
         exif[ExifTags.Base.Software] = software
-        return exif, ["the EXIF is too long for JPEG and is not kept"]
-    return exif, []
+        notes.append("the EXIF is too long for JPEG and is not kept")
+    return exif, notes
 
 
 def storable_image(image: Image.Image, image_format: str) -> tuple[Image.Image, list[str]]:

@@ -19,6 +19,7 @@ and "I;16". libvips makes the file of raw pixels, which lie beside it meanwhile.
 other picture: libvips would change the EXIF of a PNG or JPEG, and writes none to a TIFF.
 """
 
+import logging
 import os
 import re
 import shutil
@@ -56,6 +57,8 @@ VIPS_TAGS = (274, 282, 283, 296)
 
 # Deleted files would stay open in its cache.
 pyvips.cache_set_max(0)
+# It would warn that a file holds more than the block that is read.
+logging.getLogger("pyvips").setLevel(logging.ERROR)
 
 
 def write_strips(path: Path, image_format: str, strips: Iterable[Image.Image], metadata: dict[str, Any]) -> None:

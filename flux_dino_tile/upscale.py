@@ -42,6 +42,7 @@ from .image_files import (
     check_writable,
     first_line,
     grey_integers,
+    opaque_colors,
     read_picture,
     resize_rows,
     resize_strips,
@@ -632,7 +633,7 @@ class FluxEnlarger:
         with self.ending_all():
             residual_image = None
             if self.args.vae_residual:
-                residual_image = self.pipe.prepare_image(image.convert("RGB"), height, width)
+                residual_image = self.pipe.prepare_image(opaque_colors(image), height, width)
             for pixels in self.pipe.decode_pixels(latents, plan, height, width, self.process_group, residual_image):
                 bottom = top + pixels.shape[1]
                 alpha = wide_alpha and resize_rows(wide_alpha, height, top, bottom)
@@ -658,7 +659,7 @@ class FluxEnlarger:
             try:
                 with self.ending_all():
                     return self.pipe(
-                        image=image.convert("RGB"),
+                        image=opaque_colors(image),
                         width=size[0],
                         height=size[1],
                         prompt=args.prompt,

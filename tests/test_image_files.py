@@ -6,10 +6,11 @@ from io import BytesIO
 
 import numpy as np
 import pytest
+import pyvips
 from PIL import ExifTags, Image, ImageCms, JpegImagePlugin
 
-from flux_dino_tile import image_files
-from flux_dino_tile.image_files import read_picture, upright_size, write_picture
+from flux_dino_tile import image_files, upscale
+from flux_dino_tile.image_files import opaque_colors, read_picture, upright_size, write_picture
 
 
 EXIF_IFD, GPS_IFD = ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo
@@ -44,6 +45,35 @@ def camera_exif(orientation=1):
     }
     exif[GPS_IFD] = {1: "N", 2: (52.0, 30.0, 1.5)}
     return exif
+
+
+def grey_profile(gamma=1.0):
+    """An ICC profile of grey with this gamma."""
+    tags = [
+        (b"desc", b"desc" + struct.pack(">II5s", 0, 5, b"grey\0") + bytes(79)),
+        (b"cprt", b"text\0\0\0\0none\0"),
+        (b"wtpt", b"XYZ \0\0\0\0" + struct.pack(">3I", 0xF6D6, 0x10000, 0xD32D)),
+        (b"kTRC", b"curv\0\0\0\0" + struct.pack(">IHH", 1, round(gamma * 256), 0)),
+    ]
+    table, content = struct.pack(">I", len(tags)), b""
+    for name, data in tags:
+        table += name + struct.pack(">II", 128 + 4 + 12 * len(tags) + len(content), len(data))
+        content += data + bytes(-len(data) % 4)
+    size = 128 + len(table) + len(content)
+    header = struct.pack(">I4x4s4s4s4s12x4s", size, b"\2\x20\0\0", b"mntr", b"GRAY", b"XYZ ", b"acsp")
+    header += bytes(28) + struct.pack(">3I", 0xF6D6, 0x10000, 0xD32D)
+    return header.ljust(128, b"\0") + table + content
+
+
+def add_chunks(path, chunks):
+    """Adds chunks to a PNG, after its header."""
+    data = path.read_bytes()
+    added = b"".join(
+        struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+        for name, content in chunks.items()
+    )
+    path.write_bytes(data[:33] + added + data[33:])
+    return path
 
 
 def save(image, path, **options):
@@ -280,6 +310,7 @@ def test_a_profile_that_does_not_fit_is_dropped(tmp_path, profile):
     image = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
     picture = read_picture(save(image, tmp_path / "in.jpg", icc_profile=profile))
     assert picture.icc_profile is None
+    assert picture.notes == ["the ICC profile does not fit the pixels and is not kept"]
     assert np.abs(np.asarray(picture.image).astype(int) - [255, 0, 0]).max() < 8
 
 
@@ -347,6 +378,188 @@ def test_orientation_is_applied_and_dropped(tmp_path, source_suffix, orientation
 def test_icc_profile_survives(tmp_path, source_suffix, suffix):
     source = save(pixels(), tmp_path / f"in{source_suffix}", icc_profile=SRGB)
     assert round_trip(source, suffix).info["icc_profile"] == SRGB
+
+
+def test_cmyk_goes_through_its_profile(tmp_path):
+    profile = bytes(pyvips.Image.profile_load("cmyk"))
+    source = save(Image.new("CMYK", (16, 16), (255, 0, 0, 0)), tmp_path / "in.jpg", icc_profile=profile)
+    result = round_trip(source, ".png")
+    assert result.info["icc_profile"][16:20] == b"RGB "
+    # Printed cyan is darker than the (0, 255, 255) that it is without a profile.
+    assert result.getpixel((4, 4))[1] < 200
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "F"])
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_grey_profile_is_kept_or_becomes_rgb(tmp_path, suffix, mode):
+    grey = grey_16() if mode == "F" else Image.new(mode, (12, 8), 55 if mode == "L" else (55, 200))
+    source = save(grey, tmp_path / "in.png", icc_profile=grey_profile())
+    picture = read_picture(source)
+    notes = write_picture(picture, tmp_path / f"out{suffix}", "test")
+    result = Image.open(tmp_path / f"out{suffix}")
+    assert not any("profile" in note for note in notes)
+    assert result.info["icc_profile"][16:20] == (b"RGB " if suffix == ".webp" else b"GRAY")
+    if mode != "F" and suffix == ".webp":
+        # 55 / 255 of the light.
+        assert np.abs(np.array(result.convert("RGB").getpixel((4, 4))) - 128).max() < 4
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize(("mode", "profile"), [("L", SRGB), ("RGB", grey_profile()), ("P", grey_profile())])
+def test_a_profile_of_other_channels_is_dropped_with_a_note(tmp_path, suffix, mode, profile):
+    picture = read_picture(save(Image.new(mode, (12, 8)), tmp_path / "in.png", icc_profile=profile))
+    notes = write_picture(picture, tmp_path / f"out{suffix}", "test")
+    result = Image.open(tmp_path / f"out{suffix}")
+    fits = suffix == ".webp" and mode == "L"
+    assert result.info.get("icc_profile") == (SRGB if fits else None)
+    assert notes == ([] if fits else ["the ICC profile does not fit the pixels and is not kept"])
+
+
+def test_a_broken_grey_profile_does_not_get_into_webp(tmp_path):
+    profile = SRGB[:16] + b"GRAY" + SRGB[20:]
+    picture = read_picture(save(Image.new("L", (12, 8)), tmp_path / "in.png", icc_profile=profile))
+    notes = write_picture(picture, tmp_path / "out.webp", "test")
+    assert notes == ["the ICC profile does not fit the pixels and is not kept"]
+    assert "icc_profile" not in Image.open(tmp_path / "out.webp").info
+
+
+LINEAR = {b"gAMA": struct.pack(">I", 100000)}
+WIDE = {b"cHRM": struct.pack(">8I", 31270, 32900, 68000, 32000, 26500, 69000, 15000, 6000)}
+HDR = {b"cICP": bytes([9, 16, 0, 1])}
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("chunks", [LINEAR, WIDE, HDR, LINEAR | WIDE | HDR])
+def test_what_a_png_says_of_its_colours_is_kept_or_a_note_says_so(tmp_path, suffix, chunks):
+    picture = read_picture(add_chunks(save(pixels(), tmp_path / "in.png"), chunks))
+    notes = write_picture(picture, tmp_path / f"out{suffix}", "test")
+    data = (tmp_path / f"out{suffix}").read_bytes()
+    if suffix == ".png":
+        assert notes == []
+        assert all(name + content in data for name, content in chunks.items())
+    else:
+        (note,) = notes
+        assert "colours" in note
+        assert all(name.decode() in note for name in chunks)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize(
+    ("chunks", "profile"),
+    [
+        ({b"sRGB": b"\0", b"gAMA": struct.pack(">I", 45455)}, None),
+        ({b"gAMA": struct.pack(">I", 45455)}, None),
+        ({b"cICP": bytes([1, 13, 0, 1])}, None),
+        (LINEAR, SRGB),
+    ],
+)
+def test_no_note_where_the_colours_are_those_of_srgb_or_of_the_profile(tmp_path, suffix, chunks, profile):
+    picture = read_picture(add_chunks(save(pixels(), tmp_path / "in.png", icc_profile=profile), chunks))
+    assert write_picture(picture, tmp_path / f"out{suffix}", "test") == []
+
+
+@pytest.mark.parametrize(("codes", "is_srgb"), [((9, 16), False), ((12, 13), False), ((1, 13), True), ((2, 2), True)])
+def test_the_colours_of_an_avif_go_to_a_png(tmp_path, codes, is_srgb):
+    data = save(pixels(), tmp_path / "in.avif").read_bytes()
+    assert data.count(b"colrnclx\0\1\0\r") == 1
+    (tmp_path / "in.avif").write_bytes(data.replace(b"colrnclx\0\1\0\r", b"colrnclx" + struct.pack(">HH", *codes)))
+    picture = read_picture(tmp_path / "in.avif")
+    assert write_picture(picture, tmp_path / "out.png", "test") == []
+    assert (b"cICP" + bytes([*codes, 0, 1]) in (tmp_path / "out.png").read_bytes()) != is_srgb
+    assert bool(write_picture(picture, tmp_path / "out.jpg", "test")) != is_srgb
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_the_mark_of_adobe_rgb_in_the_exif_is_kept_or_a_note_says_so(tmp_path, suffix):
+    exif = camera_exif()
+    exif[EXIF_IFD][ExifTags.IFD.Interop] = {1: "R03", 2: b"0100"}
+    picture = read_picture(save(pixels(), tmp_path / "in.jpg", exif=exif.tobytes()))
+    notes = write_picture(picture, tmp_path / f"out{suffix}", "test")
+    kept = Image.open(tmp_path / f"out{suffix}").getexif()
+    if suffix == ".tif":
+        assert len(notes) == 1 and "Adobe RGB" in notes[0]
+        assert ExifTags.IFD.Interop not in kept.get_ifd(EXIF_IFD)
+    else:
+        assert notes == []
+        assert kept.get_ifd(ExifTags.IFD.Interop)[1] == "R03"
+
+
+@pytest.mark.parametrize("source_suffix", SUFFIXES)
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize(("orientation", "expected"), [(1, (300, 150)), (6, (150, 300))])
+def test_resolution_survives(tmp_path, source_suffix, suffix, orientation, expected):
+    exif = camera_exif(orientation)
+    if source_suffix == ".webp":
+        exif[ExifTags.Base.XResolution], exif[ExifTags.Base.YResolution] = 300.0, 150.0
+        exif[ExifTags.Base.ResolutionUnit] = 2
+    source = save(pixels(), tmp_path / f"in{source_suffix}", exif=exif.tobytes(), dpi=(300, 150))
+    result = round_trip(source, suffix)
+    stored = [result.getexif()[tag] for tag in (ExifTags.Base.XResolution, ExifTags.Base.YResolution)]
+    assert stored == pytest.approx(expected, abs=0.02)
+    if suffix != ".webp":
+        assert result.info["dpi"] == pytest.approx(expected, abs=0.02)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("source_suffix", [".jpg", ".webp"])
+def test_resolution_in_the_exif_alone_survives(tmp_path, source_suffix, suffix):
+    exif = Image.Exif()
+    exif[ExifTags.Base.XResolution], exif[ExifTags.Base.YResolution], exif[ExifTags.Base.ResolutionUnit] = 120, 60, 3
+    result = round_trip(save(pixels(), tmp_path / f"in{source_suffix}", exif=exif.tobytes()), suffix)
+    assert result.getexif()[ExifTags.Base.YResolution] == pytest.approx(152.4, abs=0.01)
+    if suffix != ".webp":
+        assert result.info["dpi"][0] == pytest.approx(304.8, abs=0.5)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_no_resolution_is_made_up(tmp_path, suffix):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Make] = "Maker"
+    result = round_trip(save(pixels(), tmp_path / "in.jpg", exif=exif.tobytes()), suffix)
+    assert ExifTags.Base.XResolution not in result.getexif()
+
+
+def test_a_resolution_that_no_format_holds_is_dropped(tmp_path):
+    save(pixels(), tmp_path / "in.png")
+    add_chunks(tmp_path / "in.png", {b"pHYs": struct.pack(">IIB", 2**31 - 1, 0, 1)})
+    result = round_trip(tmp_path / "in.png", ".jpg")
+    assert result.info["jfif_unit"] == 0
+    assert ExifTags.Base.XResolution not in result.getexif()
+
+
+# Transparency
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+@pytest.mark.parametrize("place", [(0, 0, 1, 1), (5, 3, 9, 7), (0, 0, 21, 1)])
+def test_what_cannot_be_seen_takes_the_colours_around_it(mode, place):
+    white, clear = ((255, 255), (0, 0)) if mode == "LA" else ((255, 255, 255, 255), (0, 0, 0, 0))
+    image = Image.new(mode, (21, 13), clear)
+    image.paste(white, place)
+    result = opaque_colors(image)
+    assert (result.mode, result.size) == ("RGB", image.size)
+    assert np.asarray(result).min() == 255
+
+
+def test_what_can_be_seen_a_little_keeps_its_colour():
+    image = Image.new("RGBA", (4, 4), (200, 100, 50, 1))
+    image.putpixel((0, 0), (0, 0, 0, 0))
+    assert opaque_colors(image).getcolors() == [(16, (200, 100, 50))]
+    assert opaque_colors(Image.new("RGBA", (2, 2), (1, 2, 3, 0))).getpixel((0, 0)) == (1, 2, 3)
+
+
+@pytest.mark.parametrize("strips", [False, True])
+@pytest.mark.parametrize("options", [[], ["--use-flux", "--device", "cpu", "--steps", "1"]])
+def test_white_on_transparent_black_gets_no_dark_edge(tmp_path, monkeypatch, options, strips):
+    if strips:
+        monkeypatch.setattr(image_files, "MAX_WHOLE_PIXELS", 0)
+    image = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
+    image.paste((255, 255, 255, 255), (8, 8, 24, 24))
+    image.save(tmp_path / "in.png")
+    assert upscale.main([str(tmp_path / "in.png"), str(tmp_path / "out.png"), *options]) == 0
+    result = Image.open(tmp_path / "out.png")
+    on_white = Image.alpha_composite(Image.new("RGBA", result.size, "white"), result)
+    assert np.asarray(on_white).min() > 240
 
 
 def test_broken_exif_is_dropped_with_a_note_but_still_turns_the_image(tmp_path):

@@ -1,9 +1,11 @@
 """Pictures that are written strip by strip: the same file as from memory, and nothing where it fails."""
 
+import struct
+
 import numpy as np
 import pytest
 from PIL import ExifTags, Image, TiffImagePlugin
-from test_image_files import EXIF_IFD, GPS_IFD, SRGB, camera_exif, grey_16, pixels
+from test_image_files import EXIF_IFD, GPS_IFD, SRGB, camera_exif, grey_16, grey_profile, pixels
 
 from flux_dino_tile import image_files, upscale
 from flux_dino_tile.image_files import Picture, resize_strips, write_picture
@@ -17,7 +19,8 @@ SIZE = (300, 530)
 
 def picture(mode="RGB", size=SIZE):
     image = Image.fromarray(np.asarray(grey_16(size), dtype=np.float32)) if mode == "F" else pixels(mode, size)
-    return Picture(image, camera_exif(), SRGB)
+    profile = SRGB if "RGB" in mode else grey_profile()
+    return Picture(image, camera_exif(), profile, dpi=(300, 150), color_chunks={b"gAMA": struct.pack(">I", 100000)})
 
 
 def cut(image, rows=97):
@@ -26,7 +29,7 @@ def cut(image, rows=97):
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("mode", [*MODES, "F"])
-def test_strips_give_the_file_that_the_whole_gives(tmp_path, mode, suffix):
+def test_strips_give_the_file_that_the_whole_gives(tmp_path, capfd, mode, suffix):
     strips, whole = tmp_path / f"strips{suffix}", tmp_path / f"whole{suffix}"
     image = picture(mode).image
     notes = write_picture(picture(mode), strips, "test 1", cut(image), image.size)
@@ -34,12 +37,15 @@ def test_strips_give_the_file_that_the_whole_gives(tmp_path, mode, suffix):
     with Image.open(strips) as result, Image.open(whole) as expected:
         assert (result.mode, result.size, result.format) == (expected.mode, expected.size, expected.format)
         assert np.array_equal(np.asarray(result), np.asarray(expected))
-        assert result.info.get("icc_profile") == SRGB
-        for tag in (ExifTags.Base.Make, ExifTags.Base.Software):
+        assert result.info["icc_profile"] == expected.info["icc_profile"] == picture(mode).icc_profile
+        assert result.info["dpi"] == expected.info["dpi"] == pytest.approx((300, 150), abs=0.02)
+        assert result.info.get("gamma") == expected.info.get("gamma") == (1.0 if suffix == ".png" else None)
+        for tag in (ExifTags.Base.Make, ExifTags.Base.Software, ExifTags.Base.YResolution):
             assert result.getexif()[tag] == expected.getexif()[tag]
         for group in (EXIF_IFD, GPS_IFD):
             assert dict(result.getexif().get_ifd(group)) == dict(expected.getexif().get_ifd(group)) != {}
     assert sorted(path.name for path in tmp_path.iterdir()) == [strips.name, whole.name]
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("size", [(1, 700), (700, 1), (256, 256), (257, 512)])
