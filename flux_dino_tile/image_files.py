@@ -23,7 +23,7 @@ import os
 import struct
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -32,10 +32,11 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageFile, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
-from PIL.PngImagePlugin import PngInfo
+from PIL.PngImagePlugin import PngImageFile, PngInfo
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PLANAR_CONFIGURATION, TiffImageFile
 
 from .large_files import VIPS_OPTIONS, encode, write_strips
+from .messages import first_line
 
 
 WRITE_FORMATS = {
@@ -115,14 +116,6 @@ class Picture:
     color_chunks: dict[bytes, bytes] = field(default_factory=dict)
 
 
-def first_line(error: BaseException) -> str:
-    """The error in one line, without the number and path that an `OSError` adds."""
-    lines = str(getattr(error, "strerror", None) or error).strip().splitlines()
-    if isinstance(error, (OSError, ValueError, RuntimeError, AssertionError)) and lines:
-        return lines[0].strip()
-    return ": ".join([type(error).__name__, *lines[:1]])
-
-
 @contextmanager
 def open_image(path: Path) -> Iterator[ImageFile.ImageFile]:
     """Opens the file without decoding it; an `OSError` says why it cannot be used."""
@@ -174,7 +167,9 @@ def upright_size(path: Path) -> tuple[int, int]:
             if isinstance(image, TiffImageFile):
                 # The size of a TIFF is upright already, in newer versions of Pillow.
                 width, height = (image.tag_v2[tag] for tag in (256, 257))
-            is_turned = read_exif(image).get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+            is_png = isinstance(image, PngImageFile)
+            exif = read_png_exif(path, image) if is_png else read_exif(image)
+            is_turned = exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
     return (height, width) if is_turned else (width, height)
 
 
@@ -268,14 +263,22 @@ def read_color_chunks(path: Path, image_format: str) -> dict[bytes, bytes]:
             codes = start[place + 9 : place + 12 : 2]
             return {} if place < 0 or codes in SRGB_CODES else {b"cICP": codes + b"\0\1"}
         chunks = {}
-        file.seek(8)
-        while len(header := file.read(8)) == 8 and header[4:] != b"IDAT":
-            (length,) = struct.unpack(">I", header[:4])
-            if header[4:] in COLOR_CHUNKS:
-                chunks[header[4:]] = file.read(length)
-                length = 0
-            file.seek(length + 4, os.SEEK_CUR)
+        for name, length in png_chunks(file):
+            if name == b"IDAT":
+                break
+            if name in COLOR_CHUNKS:
+                chunks[name] = file.read(length)
         return chunks
+
+
+def png_chunks(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
+    """Names and lengths of a PNG's chunks, the file being at the data of each."""
+    file.seek(8)  # behind the signature
+    while len(header := file.read(8)) == 8:
+        length, name = struct.unpack(">I4s", header)
+        data = file.tell()
+        yield name, length
+        file.seek(data + length + 4)  # its checksum too
 
 
 def means_srgb(chunks: dict[bytes, bytes]) -> bool:
@@ -325,6 +328,19 @@ def read_exif(image: Image.Image) -> Image.Exif:
         return image.getexif()
     except Exception:  # as in `open_image`
         return Image.Exif()
+
+
+def read_png_exif(path: Path, image: Image.Image) -> Image.Exif:
+    """The EXIF of a PNG without decoding it, as Pillow would to see what stands behind the pixels."""
+    exif = Image.Exif()
+    with suppress(Exception), open(path, "rb") as file:  # as in `open_image`
+        if "exif" in image.info or "Raw profile type exif" in image.info:
+            return Image.Image.getexif(image)
+        for name, length in png_chunks(file):
+            if name == b"eXIf":
+                exif.load(b"Exif\0\0" + file.read(length))
+                break
+    return exif
 
 
 def portable_exif(exif: Image.Exif) -> Image.Exif:

@@ -24,6 +24,7 @@ import os
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
@@ -35,7 +36,7 @@ POLL_SECONDS = 0.1
 REMEDY = "what is finished is kept: run the same command again"
 
 
-class ProcessError(Exception):
+class ProcessError(RuntimeError):
     """A process of this run is gone or went its own way, so that the run cannot go on."""
 
 
@@ -52,6 +53,7 @@ class Processes:
         self.rank, self.count = 0, int(os.environ.get("WORLD_SIZE", 1))
         self.timeout, self.tell = timeout, tell
         self.needed = {0}  # the processes without which this one cannot go on
+        self.calls: Counter = Counter()  # of each method that all processes call
         if self.count == 1:
             return
         from torch.distributed import rendezvous
@@ -108,18 +110,25 @@ class Processes:
         """The first process's `value`, which must fit into JSON."""
         if self.count == 1:
             return value
+        key = self.next_key("value")
         if self.is_first:
-            self.ask_store("set", "value", json.dumps(value))
-        while not self.ask_store("check", ["value"]):
+            self.ask_store("set", key, json.dumps(value))
+        while not self.ask_store("check", [key]):
             time.sleep(POLL_SECONDS)
-        return json.loads(self.ask_store("get", "value"))
+        return json.loads(self.ask_store("get", key))
+
+    def next_key(self, name: str) -> str:
+        """A key of its own for each call that all processes make in the same order."""
+        self.calls[name] += 1
+        return f"{name}/{self.calls[name]}"
 
     def take(self, count: int) -> Iterator[int]:
         """Yields the items, numbers below `count`, that no other process takes, so that a fast process gets more."""
         if self.count == 1:
             yield from range(count)
             return
-        while (index := self.ask_store("add", "taken", 1) - 1) < count:
+        key = self.next_key("taken")
+        while (index := self.ask_store("add", key, 1) - 1) < count:
             yield index
 
     def report(self, index: int, result: Any) -> None:
@@ -143,7 +152,7 @@ class Processes:
     def collect(self, items: Sequence[int]) -> dict[int, Any]:
         """
         In the first process, which waits for the others, what they reported about `items`, `None` where the process
-        that took one is lost. Empty in the others.
+        that took one is lost. Empty in the others. Nothing can be exchanged after it.
         """
         if self.count == 1:
             return {}

@@ -126,7 +126,7 @@ def load_flux(name, recipe):
     if recipe == "nf4":
         from diffusers import PipelineQuantizationConfig
 
-        from flux_dino_tile.upscale import quantization_config
+        from flux_dino_tile.loading import quantization_config
 
         config = quantization_config("nf4", dtype)
         options["quantization_config"] = PipelineQuantizationConfig(quant_mapping={"transformer": config})

@@ -19,36 +19,33 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import upscale  # noqa: F401 puts the root folder on the path
 from PIL import Image, ImageDraw
 
-from flux_dino_tile.image_files import first_line, grey_integers, read_picture, upright_size, write_picture
-from flux_dino_tile.upscale import (
-    EXPECTED_ERRORS,
-    FluxEnlarger,
-    Parser,
-    UsageError,
-    load_flux,
-    nonempty,
-    number,
-    parse_arguments,
-    software_text,
-    target_size,
-)
+from flux_dino_tile.enlargers import software_text
+from flux_dino_tile.flux_enlarger import EXPECTED_ERRORS, FluxEnlarger
+from flux_dino_tile.image_files import Picture, grey_integers, read_picture, upright_size, write_picture
+from flux_dino_tile.jobs import register_heif, target_size
+from flux_dino_tile.loading import load_flux
+from flux_dino_tile.messages import Parser, UsageError, first_line, number, run_script
+from flux_dino_tile.options import Settings, add_flux_options, make_options
 
 
+PAGE_OPTIONS = ("host", "port", "max_upload", "max_megapixels")
 VIEW_SIDE = 1600  # px, of the pictures on the page; the file to download has all of them
 MAX_WAITING = 16
 KEPT_SECONDS = 3600  # uploads and results, on the disk
 COLORS = {False: "#ffffff", True: "#ff2020"}  # of tiles, and of suspects
 
-EPILOG = """All options of the groups model, picture, tiles and machine of upscale.py hold here too:
+EPILOG = """example:
   app.py --model black-forest-labs/FLUX.1-schnell --projector user/flux-dino-tile --memory 16
 
-One picture is enlarged at a time, the others wait. docs/app.md says how to make a Space of it."""
+What the page asks for, such as DINO strength and prompt, begins with the value of the option. --model and --projector
+are also read from $MODEL and $PROJECTOR. One picture is enlarged at a time, the others wait. docs/app.md says how to
+make a Space of it."""
 
 
 def build_parser() -> Parser:
@@ -69,22 +66,23 @@ def build_parser() -> Parser:
         default=32.0,
         help="size of the enlarged picture (default: 32)",
     )
-    add("--model", type=nonempty, default=os.environ.get("MODEL"), help="of upscale.py (default: $MODEL, or its own)")
-    add("--projector", type=nonempty, default=os.environ.get("PROJECTOR"), help="of upscale.py (default: $PROJECTOR)")
+    add_flux_options(parser)
     return parser
 
 
-def parse(argv: list[str]) -> tuple[argparse.Namespace, argparse.Namespace]:
-    """The page's own arguments, and those of upscale.py."""
-    own, rest = build_parser().parse_known_args(argv)
-    for name in ("model", "projector"):
-        if getattr(own, name) is not None:
-            rest += [f"--{name}", getattr(own, name)]
-    return own, parse_arguments(["the page's pictures", "--use-flux", *rest])
+def parse(argv: list[str]) -> tuple[argparse.Namespace, Settings]:
+    """The page's own options, and how FLUX is to enlarge."""
+    given = vars(build_parser().parse_args(argv))
+    own = argparse.Namespace(**{name: given.pop(name) for name in PAGE_OPTIONS})
+    from_environment = {name: os.environ.get(name.upper()) for name in ("model", "projector")}
+    given = {name: value for name, value in from_environment.items() if value} | given
+    return own, make_options({**given, "use_flux": True})
 
 
 def check_size(path: str, scale: float, max_megapixels: float) -> tuple[int, int]:
     """Width and height of the enlarged picture, from the file's header; raises a `ValueError` if it is too large."""
+    check_filled_in(scale, "scale")
+    register_heif([Path(path)])
     width, height = target_size(upright_size(Path(path)), scale)
     if width * height > max_megapixels * 1e6:
         raise ValueError(
@@ -92,6 +90,11 @@ def check_size(path: str, scale: float, max_megapixels: float) -> tuple[int, int
             " choose a smaller scale or picture"
         )
     return width, height
+
+
+def check_filled_in(value: float | None, name: str) -> None:
+    if value is None:
+        raise ValueError(f"the {name} is empty: give a number")
 
 
 def for_view(image: Image.Image) -> Image.Image:
@@ -138,47 +141,52 @@ class Page:
 
     Args:
         pipe ([`FluxDinoTilePipeline`]): On its device.
-        args (`argparse.Namespace`): Of upscale.py, which [`load_flux`] has filled in.
+        settings ([`Settings`]): As [`load_flux`] returns them; what the page asks for begins with them.
         max_megapixels (`float`): Of an enlarged picture.
     """
 
-    def __init__(self, pipe, args: argparse.Namespace, max_megapixels: float):
-        self.pipe, self.args, self.max_megapixels = pipe, args, max_megapixels
+    def __init__(self, pipe, settings: Settings, max_megapixels: float):
+        self.pipe, self.settings, self.max_megapixels = pipe, settings, max_megapixels
 
     def plan(self, path: str | None, scale: float) -> tuple[Any, str]:
         """The photo with its tiles, and a sentence about them."""
         if path is None:
             return None, ""
         width, height = check_size(path, scale, self.max_megapixels)
-        plan = self.pipe.plan_tiles(height, width, self.args.tile_size, self.args.tile_overlap)
-        return draw_tiles(read_rgb(path)[0], plan, []), describe_plan(plan)
+        plan = self.pipe.plan_tiles(height, width, self.settings.tile_size, self.settings.tile_overlap)
+        return draw_tiles(read_upload(path).image, plan, []), describe_plan(plan)
 
     def enlarge(self, path: str, scale: float, strength: float, sigma: float, seed: float, prompt: str, folder: Path):
         """Before and after, the tiles, a sentence about them, and the file with the enlarged photo."""
-        width, height = check_size(path, scale, self.max_megapixels)
-        image, picture = read_rgb(path)
-        has_projector = self.pipe.dino_projector is not None
-        args = argparse.Namespace(**vars(self.args))
-        args.scale, args.start_sigma, args.seed, args.prompt = scale, sigma, int(seed), prompt or None
-        args.dino_strength = strength if has_projector else None
-        enlarger = FluxEnlarger(self.pipe, args)
-        output = enlarger.call(image, (width, height), "pil", return_diagnostics=True)
-        result = output.images[0]
-        picture.image = result
+        for value, name in ((strength, "DINO strength"), (sigma, "noise at the start"), (seed, "seed")):
+            check_filled_in(value, name)
+        size = check_size(path, scale, self.max_megapixels)
+        picture = read_upload(path)
+        image = picture.image
+        settings = replace(
+            self.settings,
+            start_sigma=sigma,
+            seed=int(seed),
+            prompt=prompt or None,
+            dino_strength=None if self.pipe.dino_projector is None else strength,
+        )
+        enlarger = FluxEnlarger(self.pipe, settings)
+        output = enlarger.call(image, size, "pil", return_diagnostics=True)
+        picture.image = enlarger.like_source(output.images[0], image)
         target = folder / f"{Path(path).stem}_x{scale:g}_flux.png"
-        write_picture(picture, target, software_text(args))
-        view = for_view(result)
+        write_picture(picture, target, software_text(scale, enlarger.description))
+        view = for_view(picture.image)
         before = image.resize(view.size, Image.Resampling.BICUBIC)
-        tiles = draw_tiles(result, output.tile_plan, output.suspects[0])
+        tiles = draw_tiles(picture.image, output.tile_plan, output.suspects[0])
         text = f"{describe_plan(output.tile_plan)}. {describe_suspects(output)}"
         return (before, view), tiles, text, str(target)
 
 
-def read_rgb(path: str):
-    """The photo in RGB, and what belongs to its file."""
+def read_upload(path: str) -> Picture:
     picture = read_picture(Path(path))
-    image = grey_integers(picture.image, 255) if picture.image.mode == "F" else picture.image
-    return image.convert("RGB"), picture
+    if picture.image.mode == "F":
+        picture.image = grey_integers(picture.image, 255)
+    return picture
 
 
 def build_app(page: Page):
@@ -186,6 +194,7 @@ def build_app(page: Page):
     import gradio as gr
 
     has_projector = page.pipe.dino_projector is not None
+    settings = page.settings
 
     def show_plan(path, scale):
         try:
@@ -218,19 +227,19 @@ def build_app(page: Page):
                 strength = gr.Slider(
                     0,
                     2,
-                    1,
+                    1.0 if settings.dino_strength is None else settings.dino_strength,
                     step=0.1,
                     label="DINO strength (0 is off)",
                     interactive=has_projector,
                     elem_id="strength",
                 )
                 sigma = gr.Slider(
-                    0.01, 1, page.args.start_sigma, step=0.01, label="Noise at the start: how much is invented"
+                    0.01, 1, settings.start_sigma, step=0.01, label="Noise at the start: how much is invented"
                 )
                 with gr.Accordion("More", open=False):
                     can_prompt = page.pipe.text_encoder is not None
-                    prompt = gr.Textbox(label="Prompt, optional", interactive=can_prompt)
-                    seed = gr.Number(page.args.seed, precision=0, minimum=0, maximum=2**32 - 1, label="Seed")
+                    prompt = gr.Textbox(settings.prompt or "", label="Prompt, optional", interactive=can_prompt)
+                    seed = gr.Number(settings.seed, precision=0, minimum=0, maximum=2**32 - 1, label="Seed")
                 run = gr.Button("Enlarge", variant="primary", elem_id="run")
             with gr.Column():
                 slider = gr.ImageSlider(type="pil", label="Bicubic and FLUX", elem_id="slider", buttons=["fullscreen"])
@@ -259,27 +268,19 @@ def launch(app, own: argparse.Namespace, **options):
     )
 
 
-def say_error(text: str) -> None:
-    print(f"app.py: error: {text}", file=sys.stderr, flush=True)
-
-
 def main(argv: list[str] | None = None) -> int:
-    # transformers and gradio read them when they are imported.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # gradio reads it when it is imported.
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    try:
-        own, args = parse(sys.argv[1:] if argv is None else argv)
+
+    def script() -> None:
+        own, settings = parse(sys.argv[1:] if argv is None else argv)
         try:
             import gradio  # noqa: F401
         except ImportError:
             raise UsageError('the page needs gradio: pip install "flux-dino-tile[app]" brings it') from None
-        launch(build_app(Page(load_flux(args), args, own.max_megapixels)), own)
-    except UsageError as error:
-        say_error(str(error))
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+        launch(build_app(Page(*load_flux(settings), own.max_megapixels)), own)
+
+    return run_script("app.py", script)
 
 
 if __name__ == "__main__":

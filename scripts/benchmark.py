@@ -32,22 +32,15 @@ from typing import Any, NamedTuple
 import diffusers
 import torch
 import transformers
-import upscale  # noqa: F401 puts the root folder on the path
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline, FluxTransformer2DModel
 from diffusers.models.attention import AttentionModuleMixin
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
-from flux_dino_tile.upscale import (
-    Parser,
-    UsageError,
-    check_device,
-    default_device,
-    is_quantized_layer,
-    number,
-    quantization_config,
-)
+from flux_dino_tile.loading import choose_device, is_quantized_layer, quantization_config
+from flux_dino_tile.messages import Parser, UsageError, number, run_script
+from flux_dino_tile.plans import transformer_flops
 from pipeline_flux_dino_tile import (
     PLANNED_STEPS,
     DinoProjector,
@@ -55,7 +48,6 @@ from pipeline_flux_dino_tile import (
     PromptBranch,
     tile_cost,
     tile_starts,
-    transformer_flops,
 )
 
 
@@ -196,9 +188,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         if size is not None and size % 16:
             raise UsageError(f"argument {option}: must be a multiple of 16 px, not {size}")
     args.input_size = args.input_size or args.size // 4
-    args.device = args.device or default_device(torch)
-    check_device(torch, args.device)
-    args.device = torch.empty(0, device=args.device).device  # with its index
+    args.device = torch.empty(0, device=choose_device(args.device)).device  # with its index
     args.dtype = getattr(torch, args.dtype or ("float32" if args.device.type == "cpu" else "bfloat16"))
     args.variants = parse_variants(args.variants, args.device)
     args.image_repeats = args.repeats or 1
@@ -684,16 +674,14 @@ def log(text: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
+    def script() -> None:
         args = parse_arguments(argv)
-    except UsageError as error:
-        log(f"error: {error}")
-        return 2
-    text = format_report(run_benchmark(args))
-    if args.markdown is not None:
-        args.markdown.write_text(text)
-    print(text, end="")
-    return 0
+        text = format_report(run_benchmark(args))
+        if args.markdown is not None:
+            args.markdown.write_text(text)
+        print(text, end="")
+
+    return run_script("benchmark.py", script)
 
 
 if __name__ == "__main__":

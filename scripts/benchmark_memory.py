@@ -35,15 +35,13 @@ from benchmark import (
     synchronized_time,
 )
 from diffusers import FluxTransformer2DModel
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
-from upscale import ROOT  # puts the root folder on the path
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from flux_dino_tile.upscale import Parser, UsageError, check_device, default_device, is_quantized_layer, number, place
-
-
-sys.path.insert(0, str(ROOT / "tests"))
+from flux_dino_tile.loading import choose_device, is_quantized_layer, place
+from flux_dino_tile.messages import Parser, UsageError, number, run_script
 from pipeline_flux_dino_tile import FluxDinoTilePipeline
-from tiny_models import tiny_tokenizer
 
 
 # FLUX.1's text encoders, and small ones with the dimensions of the small preset.
@@ -85,14 +83,21 @@ def parse_runs(text: str) -> list[tuple[int, float, int]]:
         raise UsageError(f"runs must be size:GiB:tiles, with commas between them, not {text!r}") from None
 
 
+def character_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
+    """In place of CLIP's and T5's, which need downloaded vocabularies; prompts are padded to `max_length` anyway."""
+    model = WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>")
+    tokens = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), model_max_length=max_length, **tokens)
+
+
 def add_text_encoders(pipe: FluxDinoTilePipeline, preset: str, device: torch.device, dtype: torch.dtype) -> None:
-    """T5 and CLIP with random weights, and tokenizers of single characters in place of downloaded vocabularies."""
+    """T5 and CLIP with random weights, and tokenizers that know no word."""
     torch.set_default_dtype(dtype)
     with torch.device(device):
         t5 = T5EncoderModel(T5Config(vocab_size=32128, feed_forward_proj="gated-gelu", **T5_CONFIGS[preset]))
         clip = CLIPTextModel(CLIPTextConfig(eos_token_id=1, **CLIP_CONFIGS[preset]))
     torch.set_default_dtype(torch.float32)
-    tokenizers = {"tokenizer": tiny_tokenizer(77), "tokenizer_2": tiny_tokenizer(512)}
+    tokenizers = {"tokenizer": character_tokenizer(77), "tokenizer_2": character_tokenizer(512)}
     pipe.register_modules(text_encoder=clip.eval(), text_encoder_2=t5.eval(), **tokenizers)
     pipe.default_prompt_embeds = None
 
@@ -170,19 +175,15 @@ def measure_recipes(args: argparse.Namespace, device: torch.device, report: dict
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
+    def script() -> None:
         args = build_parser().parse_args(argv)
         args.runs, args.nf4 = parse_runs(args.runs), parse_runs(args.nf4)
-        args.device = args.device or default_device(torch)
-        check_device(torch, args.device)
-    except UsageError as error:
-        log(f"error: {error}")
-        return 2
-    device = torch.empty(0, device=args.device).device
-    report: dict = {"machine": describe_machine(device), "runs": []}
-    measure_recipes(args, device, report)
-    print(format_table("Runs within a limit of GPU memory", report["runs"], {}))
-    return 0
+        device = torch.empty(0, device=choose_device(args.device)).device
+        report: dict = {"machine": describe_machine(device), "runs": []}
+        measure_recipes(args, device, report)
+        print(format_table("Runs within a limit of GPU memory", report["runs"], {}))
+
+    return run_script("benchmark_memory.py", script)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ from typing import NamedTuple
 import benchmark
 import torch
 import train_projector
-import upscale  # noqa: F401 puts the root folder on the path
 from accelerate import Accelerator
 from benchmark import PRESETS, Preset, build_pipeline, describe_machine, save_json, time_calls
 
@@ -34,7 +33,8 @@ from dino_projector.conditioning import Dropout
 from dino_projector.models import freeze, load_transformer
 from dino_projector.steps import InputMaker, NoiseLevels
 from dino_projector.training import ProjectorTrainer
-from flux_dino_tile.upscale import Parser, UsageError, check_device, default_device, number
+from flux_dino_tile.loading import choose_device
+from flux_dino_tile.messages import Parser, UsageError, number
 from pipeline_flux_dino_tile import FluxDinoTilePipeline
 
 
@@ -83,7 +83,7 @@ def build_parser() -> Parser:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     args = build_parser().parse_args(argv)
-    args.device = torch.empty(0, device=resolve_device(args.device)).device  # with its index
+    args.device = torch.empty(0, device=choose_device(args.device)).device  # with its index
     args.dtype = torch.float32 if args.device.type == "cpu" else torch.bfloat16
     args.recipes = args.recipes.split(",")
     for name in args.recipes:
@@ -92,12 +92,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if args.json is not None and not args.json.resolve().parent.is_dir():
         raise UsageError(f"--json {args.json}: there is no such folder")
     return args
-
-
-def resolve_device(name: str | None) -> str:
-    name = name or default_device(torch)
-    check_device(torch, name)
-    return name
 
 
 def quantize(pipe: FluxDinoTilePipeline, quantization: str, device: torch.device, dtype: torch.dtype) -> None:

@@ -20,20 +20,10 @@ from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 
-import upscale  # noqa: F401 puts the root folder on the path
-
 from dino_projector.comparison import ABLATIONS
 from flux_dino_tile.embedded import EMBEDDED, locate_model
-from flux_dino_tile.upscale import (
-    FLUX_DEFAULTS,
-    Parser,
-    UsageError,
-    check_repository,
-    load_flux,
-    nonempty,
-    number,
-    run_script,
-)
+from flux_dino_tile.messages import Parser, UsageError, nonempty, number, run_script
+from flux_dino_tile.options import Settings, check_repository
 
 
 BASELINES = ("bicubic", "lanczos", "realesrgan")
@@ -152,9 +142,10 @@ def choose_baselines(wanted: list[str] | None) -> list[str]:
 
 
 def load_pipeline(args: argparse.Namespace, model: str, projector: str | None):
-    options = {name: getattr(args, name) for name in ("device", "dtype", "offload")}
-    flux = argparse.Namespace(**{**FLUX_DEFAULTS, **options, "model": model, "projector": projector})
-    pipe = load_flux(flux)
+    from flux_dino_tile.loading import load_flux
+
+    settings = Settings(model, projector, device=args.device, dtype=args.dtype, offload=args.offload)
+    pipe, _ = load_flux(settings)
     pipe.set_progress_bar_config(disable=True)
     if pipe.dino_projector is None and max(args.strengths) > 0:
         raise UsageError(f"--model {model}: has no DINO projector; give --projector, or --strengths 0")

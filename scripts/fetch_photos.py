@@ -17,10 +17,7 @@
 import sys
 from pathlib import Path
 
-import upscale  # noqa: F401 puts the root folder on the path
-
-from flux_dino_tile.image_files import first_line
-from flux_dino_tile.upscale import Parser, UsageError, nonempty, number
+from flux_dino_tile.messages import Parser, UsageError, first_line, nonempty, number
 
 
 def build_parser() -> Parser:

@@ -21,12 +21,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from upscale import ROOT  # puts the root folder on the path
-
 from flux_dino_tile.embedded import DEMO_FOLDER
-from flux_dino_tile.upscale import Parser, UsageError, hide_loading_bars, nonempty, number
+from flux_dino_tile.messages import Parser, UsageError, hide_loading_bars, nonempty, number
 
 
+MODEL_CARD = Path(__file__).resolve().parent.parent / "model_card.md"
 EPILOG = """examples:
   push_to_hub.py runs/first/final user/flux-dino-tile --dry-run
   push_to_hub.py runs/first/final user/flux-dino-tile --private
@@ -135,7 +134,7 @@ def run(args: argparse.Namespace) -> None:
     )
     with tempfile.TemporaryDirectory() as temporary:
         folder, source = Path(temporary), Path(args.folder)
-        base_model = assemble(source, folder, args.repository, ROOT / "model_card.md", contents)
+        base_model = assemble(source, folder, args.repository, MODEL_CARD, contents)
         print("\n".join(list_tree(folder)))
         if args.dry_run:
             print(f"\n{(folder / CARD_NAME).read_text()}")

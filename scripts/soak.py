@@ -25,15 +25,19 @@ import gc
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import psutil  # type: ignore[import-untyped]
-import upscale  # noqa: F401 puts the root folder on the path
 from PIL import Image
 
 from flux_dino_tile.embedded import EMBEDDED
-from flux_dino_tile.upscale import FluxEnlarger, Job, attempt, load_flux, parse_arguments, upscale_file
+from flux_dino_tile.flux_enlarger import FluxEnlarger
+from flux_dino_tile.jobs import Job, run_step
+from flux_dino_tile.loading import load_flux
+from flux_dino_tile.options import parse_arguments
+from flux_dino_tile.upscale import upscale_file
 
 
 def save_photo(path: Path, rng: np.random.Generator) -> None:
@@ -51,19 +55,19 @@ def resident_mib() -> float:
 
 def soak(model: str, count: int, warm_up: int, folder: Path) -> list[float]:
     """Resident main memory in MiB after each image."""
-    options = ["--use-flux", "--model", model, "--scale", "2", "--device", "cpu", "--tile-size", "64"]
-    options += ["--tile-overlap", "16"]
-    args = parse_arguments([str(folder), *options])
-    enlarger = FluxEnlarger(load_flux(args), args)
-    enlarger.pipe.set_progress_bar_config(disable=True)
+    arguments = ["--use-flux", "--model", model, "--scale", "2", "--device", "cpu", "--tile-size", "64"]
+    arguments += ["--tile-overlap", "16"]
+    options = parse_arguments([str(folder), *arguments])
+    pipe, settings = load_flux(options)
+    pipe.set_progress_bar_config(disable=True)
     rng, measured = np.random.default_rng(0), []
     start = time.monotonic()
     for index in range(count):
         suffix = (".png", ".jpg", ".webp", ".tif")[index % 4]
         job = Job(folder / f"{index}.png", folder / f"{index}_x2{suffix}")
         save_photo(job.source, rng)
-        args.seed = index
-        attempt(upscale_file, job, enlarger, args)
+        enlarger = FluxEnlarger(pipe, replace(settings, seed=index))
+        run_step(upscale_file, job, lambda enlarger=enlarger: enlarger, options)
         if job.outcome != "done":
             sys.exit(f"soak.py: error: image {index}: {job.error}")
         measured.append(resident_mib())

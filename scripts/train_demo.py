@@ -20,9 +20,7 @@ import os
 import sys
 from pathlib import Path
 
-import upscale  # noqa: F401 puts the root folder on the path
-
-from flux_dino_tile.upscale import Parser, UsageError, hide_loading_bars, nonempty, number, run_script
+from flux_dino_tile.messages import Parser, UsageError, hide_loading_bars, nonempty, number, run_script
 
 
 SHARED_STAGES = ("vae", "dino", "flux", "decoder")  # by several processes

@@ -21,19 +21,8 @@ import warnings
 from functools import partial
 from typing import Any
 
-import upscale  # noqa: F401 puts the root folder on the path
-
-from flux_dino_tile.image_files import first_line
-from flux_dino_tile.upscale import (
-    Parser,
-    UsageError,
-    check_repository,
-    hide_loading_bars,
-    nonempty,
-    number,
-    quantization_config,
-    torchao_config,
-)
+from flux_dino_tile.messages import Parser, UsageError, first_line, hide_loading_bars, nonempty, number
+from flux_dino_tile.options import check_repository
 
 
 MODEL_FILES = ("model_index.json",)
@@ -277,6 +266,8 @@ def training_quantization(kind: str, dtype) -> Any:
     """How diffusers quantizes the transformer while it loads it; `dtype` is what it computes in."""
     if kind == "none":
         return None
+    from flux_dino_tile.loading import quantization_config, torchao_config
+
     if kind == "nf4":
         return quantization_config(kind, dtype)
     try:

@@ -12,17 +12,11 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Enlarges photos: the command `flux-dino-tile` without installing it, from `flux_dino_tile/upscale.py`."""
+"""Enlarges photos: the command `flux-dino-tile`, which is `flux_dino_tile/upscale.py`."""
 
 import sys
-from pathlib import Path
 
-
-# The other scripts import this module for that.
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from flux_dino_tile.upscale import main  # noqa: E402
+from flux_dino_tile.upscale import main
 
 
 if __name__ == "__main__":

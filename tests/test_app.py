@@ -29,8 +29,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def page(folder):
     options = ["--model", str(folder / "tiny"), "--steps", "2", "--tile-size", "64", "--tile-overlap", "16"]
-    own, args = app.parse([*options, "--port", "0", "--max-megapixels", "0.05"])
-    return app.Page(app.load_flux(args), args, own.max_megapixels)
+    own, settings = app.parse([*options, "--port", "0", "--max-megapixels", "0.05"])
+    return app.Page(*app.load_flux(settings), own.max_megapixels)
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +92,73 @@ def test_errors_reach_the_page(url, tmp_path):
     remote = client.Client(url, verbose=False)
     with pytest.raises(Exception, match="is not an image"):
         remote.predict(client.handle_file(str(tmp_path / "broken.png")), 2, 0.6, 0.3, 0, "", api_name="/enlarge")
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA", "L"])
+def test_the_result_is_as_transparent_and_grey_as_the_photo(page, tmp_path, mode):
+    """As on the command line."""
+    photo = Image.new(mode, (24, 16), 200 if mode == "L" else None)
+    photo.paste(Image.new(mode, (8, 8), "white"), (4, 4))
+    photo.save(tmp_path / "photo.png")
+    (_, after), *_, path = page.enlarge(str(tmp_path / "photo.png"), 2, 0.6, 0.35, 0, "", tmp_path)
+    result = Image.open(path)
+    assert result.mode == after.mode == mode
+    if mode != "L":
+        expected = photo.getchannel("A").resize(result.size, Image.Resampling.BICUBIC)
+        assert result.getchannel("A").tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"seed": None}, "the seed is empty: give a number"),
+        ({"scale": None}, "the scale is empty"),
+        ({"strength": None}, "the DINO strength is empty"),
+        ({"sigma": None}, "the noise at the start is empty"),
+    ],
+)
+def test_a_cleared_field_is_named(page, folder, tmp_path, fields, message):
+    filled_in = {"scale": 2, "strength": 0.6, "sigma": 0.35, "seed": 0, "prompt": "", "folder": tmp_path}
+    with pytest.raises(app.EXPECTED_ERRORS, match=message):
+        page.enlarge(str(folder / "photo.jpg"), **{**filled_in, **fields})
+
+
+def components(page):
+    config = app.build_app(page).get_config_file()
+    return {part["props"].get("label"): part["props"] for part in config["components"]}
+
+
+def test_the_page_begins_with_the_options(page):
+    options = ["--dino-strength", "0.4", "--prompt", "a dog", "--start-sigma", "0.2", "--seed", "7"]
+    _, settings = app.parse(["--model", "a/b", *options])
+    begun = components(app.Page(page.pipe, settings, 1.0))
+    assert begun["DINO strength (0 is off)"]["value"] == 0.4
+    assert begun["Prompt, optional"]["value"] == "a dog"
+    assert begun["Noise at the start: how much is invented"]["value"] == 0.2
+    assert begun["Seed"]["value"] == 7
+    begun = components(page)
+    assert (begun["DINO strength (0 is off)"]["value"], begun["Prompt, optional"]["value"]) == (1.0, "")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *(["--resume"], ["--checkpoint-steps", "2"], ["--worker-timeout", "9"], ["--scale", "2"], ["--plan"]),
+        *(["--overwrite"], ["--summary", "a.json"], ["--allow-large-input"], ["-o", "a.png"], ["a.png"]),
+    ],
+)
+def test_options_that_the_page_cannot_follow_are_refused(capsys, options):
+    assert app.main(options) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"app.py: error: unrecognized arguments: {' '.join(options)}"
+
+
+def test_the_environment_names_the_models(monkeypatch):
+    monkeypatch.setenv("MODEL", "owner/model")
+    monkeypatch.setenv("PROJECTOR", "owner/projector")
+    assert app.parse([])[1].model == "owner/model"
+    settings = app.parse(["--model", "other/model"])[1]
+    assert (settings.model, settings.projector) == ("other/model", "owner/projector")
 
 
 def test_one_picture_at_a_time(page):

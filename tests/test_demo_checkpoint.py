@@ -19,7 +19,6 @@ from dino_projector.demo_training.evaluate import load_checkpoint, to_pixels, ve
 from dino_projector.metrics import gradient_energy, is_monotone, psnr
 from flux_dino_tile import upscale
 from flux_dino_tile.embedded import DEMO_FOLDER, EMBEDDED
-from pipeline_flux_dino_tile import FluxDinoTilePipeline
 from tiny_models import ROOT
 
 
@@ -121,11 +120,16 @@ def test_the_command_line_plans_its_tiles(tmp_path, capsys):
     assert "tiles: 4 (2 across, 2 down) of 544x544 px" in capsys.readouterr().out
 
 
-def test_the_page_opens_with_it(monkeypatch):
+def test_the_page_opens_with_it(small, tmp_path, monkeypatch):
     monkeypatch.delenv("MODEL", raising=False)
-    _, args = app.parse(["--device", "cpu"])
-    pipe = app.load_flux(args)
-    assert isinstance(pipe, FluxDinoTilePipeline) and pipe.dino_projector is not None
+    own, settings = app.parse(["--device", "cpu", "--steps", "1"])
+    page = app.Page(*app.load_flux(settings), own.max_megapixels)
+    page.pipe.set_progress_bar_config(disable=True)
+    small.resize((32, 32)).save(tmp_path / "photo.png")
+    *_, text, path = page.enlarge(str(tmp_path / "photo.png"), 2, 1, 0.03, 0, "", tmp_path)
+    assert Image.open(path).size == (64, 64) and "similarity to the photo is" in text
+    pytest.importorskip("gradio")
+    assert '"DINO strength (0 is off)"' in json.dumps(app.build_app(page).get_config_file())
 
 
 def test_the_comparison_compares_it(small, tmp_path, capsys):

@@ -16,7 +16,7 @@ from PIL import ExifTags, Image, PngImagePlugin
 from test_image_files import png_bytes, tiff_bytes
 from test_upscale_cli import SCRIPT, photo, run
 
-from flux_dino_tile import upscale
+from flux_dino_tile.enlargers import BicubicEnlarger
 from tiny_models import ROOT
 
 
@@ -289,7 +289,7 @@ def test_out_of_gpu_memory_with_one_tile_says_what_helps(tmp_path, tiny_model, m
 def test_an_error_that_nobody_thought_of_stops_one_image(tmp_path, monkeypatch, capsys):
     for name in ("a.png", "b.png"):
         photo().save(tmp_path / name)
-    whole = upscale.BicubicEnlarger.whole
+    whole = BicubicEnlarger.whole
     failures = iter([ZeroDivisionError("float division by zero")])
 
     def fail_once(self, image, size):
@@ -297,7 +297,7 @@ def test_an_error_that_nobody_thought_of_stops_one_image(tmp_path, monkeypatch, 
             raise failure
         return whole(self, image, size)
 
-    monkeypatch.setattr(upscale.BicubicEnlarger, "whole", fail_once)
+    monkeypatch.setattr(BicubicEnlarger, "whole", fail_once)
     assert run(tmp_path, tmp_path / "out") == 1
     assert (
         capsys.readouterr().err
@@ -312,7 +312,7 @@ def test_an_error_that_nobody_thought_of_stops_one_image(tmp_path, monkeypatch, 
 def test_an_interrupt_leaves_a_summary_of_what_is_missing(tmp_path, monkeypatch):
     for name in ("a.png", "b.png", "c.png"):
         photo().save(tmp_path / name)
-    whole, calls = upscale.BicubicEnlarger.whole, []
+    whole, calls = BicubicEnlarger.whole, []
 
     def interrupt(self, image, size):
         calls.append(size)
@@ -320,7 +320,7 @@ def test_an_interrupt_leaves_a_summary_of_what_is_missing(tmp_path, monkeypatch)
             raise KeyboardInterrupt
         return whole(self, image, size)
 
-    monkeypatch.setattr(upscale.BicubicEnlarger, "whole", interrupt)
+    monkeypatch.setattr(BicubicEnlarger, "whole", interrupt)
     assert run(tmp_path, tmp_path / "out", "--summary", tmp_path / "summary.json") == 130
     outcomes, images = read_summary(tmp_path / "summary.json")
     assert outcomes == {"done": 1, "ready": 2}

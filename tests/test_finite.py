@@ -158,16 +158,17 @@ def test_a_decoder_that_overflows_in_float16_is_run_again_in_float32(pipe, tmp_p
 @pytest.mark.parametrize(("dtype", "vae_dtype"), [("float16", torch.float32), ("bfloat16", torch.bfloat16)])
 def test_the_command_line_runs_a_vae_that_says_it_overflows_in_float32(tmp_path, monkeypatch, dtype, vae_dtype):
     from flux_dino_tile import upscale
+    from pipeline_flux_dino_tile import FluxDinoTilePipeline
 
     save_tiny_pipeline(tmp_path / "model")
     Image.new("RGB", (16, 16), "red").save(tmp_path / "a.png")
-    loaded = []
+    loaded, load = [], FluxDinoTilePipeline.from_pretrained
 
-    def load_flux(args, load=upscale.load_flux):
-        loaded.append(load(args))
+    def from_pretrained(*arguments, **options):
+        loaded.append(load(*arguments, **options))
         return loaded[-1]
 
-    monkeypatch.setattr(upscale, "load_flux", load_flux)
+    monkeypatch.setattr(FluxDinoTilePipeline, "from_pretrained", from_pretrained)
     arguments = [tmp_path / "a.png", "--use-flux", "--model", tmp_path / "model", "--steps", "1", "--dtype", dtype]
     assert upscale.main([str(argument) for argument in [*arguments, "--scale", "2", "--device", "cpu"]]) == 0
     assert loaded[0].vae.dtype == vae_dtype

@@ -19,7 +19,7 @@ import torch
 from hypothesis import HealthCheck, event, given, settings
 from PIL import Image
 
-from flux_dino_tile import upscale
+from flux_dino_tile import image_files, options, upscale
 from tiny_models import save_tiny_pipeline, tiny_pipeline
 
 
@@ -128,7 +128,7 @@ def damage(draw, data):
 @given(file=files(), target=st.sampled_from([".png", ".jpg", ".webp", ".tif"]), strips=st.booleans())
 def test_files(file, target, strips):
     suffix, data = file
-    limit = upscale.can_be_written_in_strips.__globals__["MAX_WHOLE_PIXELS"]
+    limit = image_files.MAX_WHOLE_PIXELS
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr("flux_dino_tile.image_files.MAX_WHOLE_PIXELS", 0 if strips else limit)
         # A damaged header may tell any size below the limit for bombs: that is much work, and no error.
@@ -196,7 +196,7 @@ GOOD_OPTIONS = [
 FLAGS = ("--plan", "--use-flux", "--overwrite", "--allow-large-input", "--resume")
 OPTIONS = sorted(
     option
-    for action in upscale.build_parser()._actions
+    for action in options.build_parser()._actions
     for option in action.option_strings
     if option not in ("-h", "--help", "--compile", "--quantize")
 )

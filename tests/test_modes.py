@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from flux_dino_tile.upscale import quantization_config
+from flux_dino_tile.loading import quantization_config
 from pipeline_flux_dino_tile import (
     FluxDinoAttnProcessor,
     FluxDinoTilePipeline,

@@ -15,6 +15,7 @@ from worker_runs import (
     PHOTO,
     at_step,
     command_line,
+    exchange_twice,
     exit_codes,
     fail_to_read,
     kill_itself,
@@ -149,6 +150,22 @@ def test_the_real_launcher(tmp_path, photos):
     assert result.stdout.count(" -> ") == 5, "an image was made twice"
     assert "5 done, 0 skipped, 0 failed" in result.stdout
     assert len(files(tmp_path / "result")) == 5
+
+
+def test_every_exchange_has_a_value_of_its_own(context, tmp_path):
+    codes, texts = run_ranks(context, exchange_twice, 3, tmp_path, tmp_path)
+    assert codes == [0] * 3, texts
+    results = [json.loads((tmp_path / f"exchanged-{rank}.json").read_text()) for rank in range(3)]
+    assert [values for values, _ in results] == [["first of 0", "second of 0"]] * 3
+    for turn in range(2):
+        assert sorted(item for _, taken in results for item in taken[turn]) == [0, 1, 2, 3]
+
+
+def test_pictures_that_are_not_read_are_named_once(context, tmp_path, photos):
+    (photos / "a.heic").write_bytes(b"x")
+    codes, texts = run_command(context, 2, tmp_path, photos, tmp_path / "result", "--scale", "2")
+    assert codes == [0, 0]
+    assert ["a.heic" in text for text in texts] == [True, False]
 
 
 def test_a_plan_is_printed_once(context, tmp_path, photos):

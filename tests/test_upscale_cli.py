@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,10 @@ import pytest
 from PIL import ExifTags, Image
 
 from flux_dino_tile import __version__, upscale
+from flux_dino_tile.enlargers import BicubicEnlarger
+from flux_dino_tile.image_files import WRITE_FORMATS
+from flux_dino_tile.options import CARDS_GIB, FLUX_OPTIONS, PLAN_OPTIONS, Options, parse_arguments
+from flux_dino_tile.plans import transformer_flops
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,12 +108,14 @@ def test_settings_are_in_the_software_tag(folder, suffix):
     assert settings_of(folder / f"out{suffix}") == {"method": "bicubic", "scale": 2.0}
 
 
-def test_bicubic_never_imports_torch(folder):
-    code = f"import sys, upscale; upscale.main([{str(folder / 'photo.png')!r}]); print('torch' in sys.modules)"
-    env = {**os.environ, "PYTHONPATH": str(SCRIPT.parent)}
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
-    assert result.stdout.splitlines()[-1] == "False"
-    assert (folder / "photo_x4.png").exists()
+@pytest.mark.parametrize("arguments", [["--help"], ["photo.png"], [".", "-o", "out"]])
+def test_bicubic_and_help_never_import_torch(folder, arguments):
+    command = [sys.executable, "-X", "importtime", SCRIPT, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    imported = {line.split("|")[-1].strip() for line in result.stderr.splitlines() if line.startswith("import time:")}
+    assert result.returncode == 0 and "flux_dino_tile.options" in imported
+    assert not {"torch", "diffusers", "transformers", "pipeline_flux_dino_tile"} & imported
+    assert arguments == ["--help"] or list(folder.rglob("photo*.png")) != [folder / "photo.png"]
 
 
 # Where the output goes
@@ -130,7 +137,7 @@ def test_default_output_is_beside_the_input(tmp_path, name, options, expected):
     photo().save(tmp_path / name)
     assert run(tmp_path / name, *options) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, expected])
-    assert Image.open(tmp_path / expected).format == upscale.WRITE_FORMATS[Path(expected).suffix.lower()]
+    assert Image.open(tmp_path / expected).format == WRITE_FORMATS[Path(expected).suffix.lower()]
 
 
 def test_output_may_be_an_option_or_a_folder_or_in_a_new_folder(folder):
@@ -168,8 +175,175 @@ def test_results_inside_the_input_folder_are_not_enlarged_again(folder, capsys):
     assert "skipped" in capsys.readouterr().out
 
 
+# Several inputs, and pictures that must not be lost
+
+
+def colors_of(folder):
+    """The colour of every picture in the folder by its name."""
+    return {
+        str(path.relative_to(folder)): Image.open(path).convert("RGB").getpixel((0, 0)) for path in files_in(folder)
+    }
+
+
+def files_in(folder):
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def save_colors(folder, *names):
+    """Pictures of different colours, which come back."""
+    pictures = {}
+    for index, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (0, 0, 50 * index)).save(folder / name)
+        pictures[name] = (0, 0, 50 * index)
+    return pictures
+
+
+@pytest.mark.parametrize(
+    ("names", "results"),
+    [
+        (("a.gif", "a.gif.png"), ("a.gif.png.png", "a.gif.png")),
+        (("a.bmp", "a.bmp.png", "a.bmp.png.png"), ("a.bmp.png.png.png", "a.bmp.png", "a.bmp.png.png")),
+        (("A.png", "a.png", "b.png"), ("A.png", "a.png.png", "b.png")),
+        (("b/A.png", "B/a.png"), ("b/A.png.png", "B/a.png")),
+        (("caf\u00e9.png", "cafe\u0301.png"), ("caf\u00e9.png.png", "cafe\u0301.png")),
+        (("A.gif", "a.gif.PNG"), ("A.gif.png.png", "a.gif.PNG")),
+    ],
+)
+def test_no_two_pictures_of_a_folder_get_one_output(tmp_path, capsys, names, results):
+    """Also where the disk takes upper and lower case, and two spellings of an accent, for the same."""
+    colors = save_colors(tmp_path / "in", *names)
+    assert run(tmp_path / "in", "-o", tmp_path / "out", "--scale", "2") == 0
+    assert colors_of(tmp_path / "out") == {result: colors[name] for name, result in zip(names, results)}
+    assert f"{len(names)} done" in capsys.readouterr().out
+    assert run(tmp_path / "in", "-o", tmp_path / "out", "--scale", "2") == 0
+    assert f"{len(names)} skipped" in capsys.readouterr().out
+
+
+def test_several_inputs_go_to_one_folder(tmp_path, monkeypatch):
+    colors = save_colors(tmp_path, "a.png", "b/a.png", "b/a.bmp", "folder/c.png", "folder/deep/d.gif")
+    monkeypatch.chdir(tmp_path)
+    assert run("a.png", "--scale", "2", "b/a.png", "b/a.bmp", "folder", "./a.png", "-o", "out") == 0
+    assert colors_of(tmp_path / "out") == {
+        "a_x2.png": colors["a.png"],
+        "a_x2.png.png": colors["b/a.png"],
+        "a_x2.png.png.png": colors["b/a.bmp"],
+        "folder_x2/c.png": colors["folder/c.png"],
+        "folder_x2/deep/d.gif.png": colors["folder/deep/d.gif"],
+    }
+
+
+def test_options_may_stand_between_the_paths(folder):
+    assert run(folder / "photo.png", "--scale", "2", folder / "out.png") == 0
+    assert Image.open(folder / "out.png").size == (40, 24)
+
+
+@pytest.mark.parametrize("options", [[], ["--overwrite"]])
+def test_no_output_is_the_file_of_another_input(tmp_path, capsys, options):
+    before = save_colors(tmp_path, "a.png", "a_x2.png")
+    error = usage_error(capsys, tmp_path / "a.png", tmp_path / "a_x2.png", "-o", tmp_path, "--scale", "2", *options)
+    assert f"{tmp_path / 'a_x2.png'}: the output would overwrite the input" in error
+    assert colors_of(tmp_path) == before
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a.png").symlink_to(tmp_path / "in" / "b.png")
+    save_colors(tmp_path / "in", "a.png", "b.png")
+    error = usage_error(capsys, tmp_path / "in", tmp_path / "out", *options)
+    assert f"{tmp_path / 'out' / 'a.png'}: the output would overwrite the input" in error
+
+
+def test_pictures_that_are_not_read_are_named_in_one_line(tmp_path, capsys):
+    for name in ("b.heic", "deep/c.TGA", "d.nef", "notes.txt", ".hidden.heic"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    error = usage_error(capsys, tmp_path)
+    named = "pictures of kinds that are not read: " + ", ".join(
+        str(tmp_path / name) for name in ("b.heic", "d.nef", "deep/c.TGA")
+    )
+    assert f"{tmp_path}: no images in this folder" in error and named in error
+    photo().save(tmp_path / "a.png")
+    assert run(tmp_path, "-o", tmp_path / "out") == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "b.heic" in line]
+    assert lines == [f"left out: {named} (pip install pillow-heif for HEIC)"]
+    assert [path.name for path in files_in(tmp_path / "out")] == ["a.png"]
+
+
+def test_a_long_list_of_pictures_that_are_not_read_is_cut(tmp_path, capsys):
+    for index in range(25):
+        (tmp_path / f"{index:02}.tga").write_bytes(b"x")
+    photo().save(tmp_path / "a.png")
+    assert run(tmp_path, "-o", tmp_path / "out") == 0
+    line = capsys.readouterr().out.splitlines()[0]
+    assert "19.tga and 5 more" in line and "20.tga" not in line and "pillow-heif" not in line
+
+
+def test_heic_is_read_where_pillow_heif_is_installed(tmp_path):
+    """A stand-in for it reads BMP by the name of HEIC."""
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "pillow_heif.py").write_text(
+        "from PIL import BmpImagePlugin, Image\n"
+        "def register_heif_opener():\n"
+        "    Image.register_open('HEIF', BmpImagePlugin.BmpImageFile, lambda start: start[:2] == b'BM')\n"
+    )
+    (tmp_path / "in").mkdir()
+    photo().save(tmp_path / "in" / "a.heic", format="BMP")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path / 'modules'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    for source, result in (("in", "in_x4/a.heic.png"), ("in/a.heic", "in/a_x4.png")):
+        command = [sys.executable, SCRIPT, source]
+        run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+        assert (run.returncode, run.stderr) == (0, "")
+        assert np.array_equal(np.asarray(Image.open(tmp_path / result)), np.asarray(photo().resize((80, 48), BICUBIC)))
+
+
+def count_decoded(monkeypatch):
+    """The names of the files that Pillow decodes, in their order, once for each time."""
+    from PIL import ImageFile
+
+    decoded, load = [], ImageFile.ImageFile.load
+
+    def count(image):
+        if getattr(image, "tile", None):
+            decoded.append(Path(image.fp.name).name)
+        return load(image)
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", count)
+    return decoded
+
+
+@pytest.mark.parametrize("options", [["--plan"], [], ["flux"]])
+def test_every_picture_is_decoded_once_in_its_turn(folder, tiny_model, capsys, monkeypatch, options):
+    for name in ("a.jpg", "b.png", "c.tif", "d.bmp"):
+        photo().save(folder / name)
+    decoded = count_decoded(monkeypatch)
+    # The last one turns out to be damaged when the others are done.
+    data = (folder / "photo.png").read_bytes()
+    (folder / "z.png").write_bytes(data[: len(data) // 2])
+    if options == ["flux"]:
+        options = ["--use-flux", "--model", tiny_model, "--device", "cpu", "--steps", "1"]
+    status = run(folder, "-o", folder.parent / f"{folder.name}_out", "--scale", "1", *options)
+    if options == ["--plan"]:
+        assert (status, decoded) == (0, [])
+    else:
+        assert (status, decoded) == (1, ["a.jpg", "b.png", "c.tif", "d.bmp", "photo.png", "z.png"])
+        assert "5 done, 0 skipped, 1 failed" in capsys.readouterr().out
+
+
+def test_a_png_whose_exif_stands_behind_the_pixels_is_planned_upright(tmp_path, capsys):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    photo(size=(20, 12)).save(tmp_path / "in.png", exif=exif)
+    data = (tmp_path / "in.png").read_bytes()
+    start = data.index(b"eXIf") - 4
+    length = int.from_bytes(data[start : start + 4], "big") + 12
+    moved = data[:start] + data[start + length : -12] + data[start : start + length] + data[-12:]
+    (tmp_path / "in.png").write_bytes(moved)
+    assert run(tmp_path / "in.png", "--plan", "--scale", "2") == 0
+    assert "12x20 -> 24x40 px" in capsys.readouterr().out
+    assert run(tmp_path / "in.png", "--scale", "2") == 0
+    assert Image.open(tmp_path / "in_x2.png").size == (24, 40)
+
+
 def test_second_run_skips_and_overwrite_does_not(folder, capsys):
-    arguments = (folder / "photo.png", folder / "out.png")
+    arguments = (folder / "photo.png", "-o", folder / "out.png")
     assert run(*arguments) == 0
     before = (folder / "out.png").read_bytes()
     capsys.readouterr()
@@ -237,7 +411,7 @@ def test_errors_about_the_output_name_it(folder, capsys):
 
 def test_size_limits_are_known_before_the_work(tmp_path, capsys, monkeypatch):
     Image.new("L", (5000, 2)).save(tmp_path / "in.png")
-    monkeypatch.setattr(upscale, "read_picture", None)
+    monkeypatch.setattr(BicubicEnlarger, "whole", None)
     assert run(tmp_path / "in.png", tmp_path / "out.webp") == 1
     assert "20000x8 px is more than the 16383 px that WEBP can hold" in capsys.readouterr().err
 
@@ -258,7 +432,7 @@ def test_interrupt_is_one_line(folder, capsys, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(upscale.BicubicEnlarger, "whole", interrupt)
+    monkeypatch.setattr(BicubicEnlarger, "whole", interrupt)
     assert run(folder / "photo.png") == 130
     assert capsys.readouterr().err == "upscale.py: error: interrupted\n"
     assert [path.name for path in folder.iterdir()] == ["photo.png"]
@@ -272,7 +446,7 @@ def test_interrupt_is_one_line(folder, capsys, monkeypatch):
     [
         ([], "no input is given (--help"),
         ([""], "argument input: the name is empty"),
-        (["photo.png", ""], "argument output: the name is empty"),
+        (["photo.png", ""], "argument input: the name is empty"),
         (["photo.png", "-o", ""], "argument -o/--output: the name is empty"),
         (["photo.png", "--use-flux", "--model", ""], "argument --model: the name is empty"),
         (["photo.png", "--use-flux", "--model", "a/b", "--projector", ""], "--projector: the name is empty"),
@@ -290,7 +464,13 @@ def test_interrupt_is_one_line(folder, capsys, monkeypatch):
         (["photo.png", "photo.png"], "would overwrite the input"),
         (["photo.png", "photo.png", "--overwrite"], "would overwrite the input"),
         (["photo.png", "./empty/../photo.png"], "would overwrite the input"),
-        (["photo.png", "a.png", "-o", "b.png"], "given twice"),
+        (["--scale", "2"], "no input is given (--help"),
+        (["photo.png", "full/a.png"], "full/a.png: a picture that is already there is no output without -o"),
+        (["photo.png", "full/a.png", "--overwrite"], "give -o FOLDER to enlarge both, or -o full/a.png"),
+        (["photo.png", "full/a.png", "--plan"], "give -o FOLDER to enlarge both"),
+        (["photo.png", "full/a.png", "new/"], "several inputs need a folder for the results: -o FOLDER"),
+        (["photo.png", "full/a.png", "-o", "b.png"], "b.png: several inputs need a folder for the results"),
+        (["photo.png", "a.png", "-o", "new/"], "a.png: no such file or folder"),
         (["full", "full"], "would overwrite the input"),
         (["full", "photo.png"], "photo.png: the input is a folder"),
         (["photo.png", "--use-flux", "--model", "empty"], "empty: the folder has no model_index.json"),
@@ -340,10 +520,11 @@ def test_usage_errors(folder, capsys, monkeypatch, arguments, message):
     assert sorted(path.name for path in folder.rglob("*")) == ["a.png", "empty", "full", "photo.png"]
 
 
-@pytest.mark.parametrize("option", upscale.FLUX_DEFAULTS)
+@pytest.mark.parametrize("option", FLUX_OPTIONS)
 def test_flux_options_need_use_flux(folder, capsys, option):
     values = {
         "model": ["owner/name"],
+        "projector": ["owner/name"],
         "start_sigma": ["0.5"],
         "dtype": ["float32"],
         "offload": ["model"],
@@ -357,17 +538,17 @@ def test_flux_options_need_use_flux(folder, capsys, option):
     flag = f"--{option.replace('_', '-')}"
     command = [folder / "photo.png", flag, *values.get(option, ["16"])]
     assert usage_error(capsys, *command) == f"upscale.py: error: {flag} needs --use-flux\n"
-    if option in upscale.PLAN_OPTIONS:
+    if option in PLAN_OPTIONS:
         assert parse(*command, "--tile-overlap", "0", "--plan").plan
     else:
         assert usage_error(capsys, *command, "--plan") == f"upscale.py: error: {flag} needs --use-flux\n"
 
 
 def parse(*arguments):
-    return upscale.parse_arguments([str(argument) for argument in arguments])
+    return parse_arguments([str(argument) for argument in arguments])
 
 
-@pytest.mark.parametrize("memory", upscale.CARDS_GIB)
+@pytest.mark.parametrize("memory", CARDS_GIB)
 def test_memory_is_a_recipe(memory):
     command = ("photo.png", "--use-flux", "--model", "a/b", "--memory", memory)
     assert (parse(*command).offload, parse(*command).tile_batch_size) == ("group", 4)
@@ -378,11 +559,12 @@ def test_quantized_layers_are_the_large_ones_of_the_blocks():
     """The whole list for one block of each kind; embedders, modulation and the last layers stay as they are."""
     import torch
 
+    from flux_dino_tile.loading import is_quantized_layer
     from tiny_models import tiny_transformer
 
     transformer = tiny_transformer()
     layers = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
-    quantized = {name for name in layers if upscale.is_quantized_layer(name)}
+    quantized = {name for name in layers if is_quantized_layer(name)}
     attention = ("to_q", "to_k", "to_v")
     added = ("add_q_proj", "add_k_proj", "add_v_proj", "to_out.0", "to_add_out")
     feed_forward = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
@@ -407,10 +589,10 @@ def test_every_option_is_in_the_help_with_its_default(capsys):
         run("--help")
     assert exit_info.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for option in upscale.FLUX_DEFAULTS:
+    for option in FLUX_OPTIONS:
         assert f"--{option.replace('_', '-')}" in text
     for name in ("scale", "tile_overlap", "tile_batch_size", "seed", "offload"):
-        default = upscale.FLUX_DEFAULTS.get(name, 4)
+        default = str(getattr(Options(), name)).removesuffix(".0")
         assert f"(default: {default})" in text.split(f"--{name.replace('_', '-')} ", 1)[1][:400]
 
 
@@ -433,7 +615,7 @@ def test_a_process_upscales_the_sample(tmp_path):
 
 
 def test_plan_prints_what_the_planner_says_and_writes_nothing(tmp_path, capsys):
-    from pipeline_flux_dino_tile import plan_tiles, transformer_flops
+    from pipeline_flux_dino_tile import plan_tiles
 
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
@@ -451,8 +633,6 @@ def test_plan_prints_what_the_planner_says_and_writes_nothing(tmp_path, capsys):
 
 
 def test_plan_takes_tile_options_and_the_models_architecture(folder, tiny_model, capsys):
-    from pipeline_flux_dino_tile import transformer_flops
-
     options = ("--tile-size", "32", "--tile-overlap", "16", "--model", tiny_model)
     assert run(folder / "photo.png", "--plan", *options) == 0
     output = capsys.readouterr().out
@@ -461,9 +641,31 @@ def test_plan_takes_tile_options_and_the_models_architecture(folder, tiny_model,
     assert "tokens per tile: 4 image" in output
     for option, num_text_tokens in (((), 256), (("--text-tokens", "128"), 128)):
         assert run(folder / "photo.png", "--plan", *options, *option) == 0
-        tflop = transformer_flops(4 + num_text_tokens + 256, inner_dim=32, num_layers=4) / 1e12
+        # The projector of the tiny model makes 4 x 4 tokens.
+        tflop = transformer_flops(4 + num_text_tokens + 16, inner_dim=32, num_layers=4) / 1e12
         output = capsys.readouterr().out
-        assert f"4 image + {num_text_tokens} text + 256 DINO" in output and f"({tflop:.4g} per tile)" in output
+        assert f"4 image + {num_text_tokens} text + 16 DINO" in output and f"({tflop:.4g} per tile)" in output
+
+
+def test_plan_counts_the_dino_tokens_of_the_projector(folder, tiny_model, capsys):
+    shutil.copytree(tiny_model, folder / "plain", ignore=shutil.ignore_patterns("dino_*"))
+    for name, projector in (("nested/dino_projector", {"token_grid": 8}), ("flat", {})):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "config.json").write_text(json.dumps(projector))
+    for options, count in (
+        (["--model", tiny_model], 16),
+        (["--model", tiny_model, "--projector", folder / "nested"], 64),
+        (["--model", tiny_model, "--use-flux", "--dino-strength", "0"], 0),
+        (["--model", folder / "plain"], 0),
+        (["--model", folder / "plain", "--projector", folder / "flat"], 256),
+        (["--projector", folder / "nested"], 64),
+        ([], 256),
+    ):
+        assert run(folder / "photo.png", "--plan", *options) == 0
+        assert f" text + {count} DINO\n" in capsys.readouterr().out, options
+    (folder / "flat" / "config.json").write_text("[]")
+    error = usage_error(capsys, folder / "photo.png", "--plan", "--projector", folder / "flat")
+    assert f"--projector {folder / 'flat'}: not the folder of a projector" in error
 
 
 def test_plan_gives_the_least_and_the_greatest_overlap(tmp_path, capsys):
@@ -490,6 +692,15 @@ def test_plan_of_a_folder_adds_up_and_names_broken_files(folder, capsys):
 
 
 # FLUX on the tiny model
+
+
+def forbid_loading(monkeypatch):
+    from pipeline_flux_dino_tile import FluxDinoTilePipeline
+
+    def fail(*arguments, **options):
+        raise AssertionError("a model is loaded")
+
+    monkeypatch.setattr(FluxDinoTilePipeline, "from_pretrained", fail)
 
 
 def flux(tiny_model, *arguments):
@@ -542,7 +753,7 @@ def test_flux_gives_what_the_pipeline_gives(folder, tiny_model):
     assert settings == {
         "method": "flux",
         "scale": 2.0,
-        "model": str(tiny_model),
+        "model": "model",
         "prompt": "a dög",
         "dino_strength": 0.5,
         "start_sigma": 0.5,
@@ -562,7 +773,7 @@ def test_flux_writes_the_values_of_options_that_are_not_given(folder, tiny_model
     assert settings_of(folder / "photo_x1_flux.png") == {
         "method": "flux",
         "scale": 1.0,
-        "model": str(tiny_model),
+        "model": "model",
         "dino_strength": 1.0,
         "start_sigma": 0.35,
         "steps": 4,
@@ -654,7 +865,7 @@ def test_flux_takes_another_projector_and_refuses_one_that_does_not_fit(folder, 
     a, b, c = (np.asarray(Image.open(folder / name)) for name in ("a.png", "b.png", "c.png"))
     assert not np.array_equal(a, b)
     assert not np.array_equal(a, c)
-    assert settings_of(folder / "b.png")["projector"] == str(fitting)
+    assert settings_of(folder / "b.png")["projector"] == "fitting"
 
     capsys.readouterr()
     assert flux(tiny_model, *arguments, "--projector", wrong) == 2
@@ -676,8 +887,6 @@ def test_flux_without_a_projector(folder, tmp_path_factory, capsys):
 
 
 def test_broken_model_folders_are_one_line(folder, tiny_model, tmp_path, capsys):
-    import shutil
-
     for name, file, content in (
         ("no weights", "transformer/diffusion_pytorch_model.safetensors", None),
         ("half weights", "transformer/diffusion_pytorch_model.safetensors", b"\x40\x00\x00\x00\x00\x00\x00\x00{}"),
@@ -699,9 +908,7 @@ def test_broken_model_folders_are_one_line(folder, tiny_model, tmp_path, capsys)
 @pytest.mark.parametrize("option", ["--use-flux", "--plan"])
 @pytest.mark.parametrize("part", ["transformer", "vae", "scheduler"])
 def test_a_model_folder_without_a_part_is_named_before_loading(folder, tiny_model, capsys, monkeypatch, part, option):
-    import shutil
-
-    monkeypatch.setattr(upscale, "load_flux", None)
+    forbid_loading(monkeypatch)
     model = folder / "model"
     shutil.copytree(tiny_model, model)
     shutil.rmtree(model / part)
@@ -762,9 +969,9 @@ def test_a_device_that_pytorch_is_not_built_for(folder, tiny_model, capsys, monk
 
 
 def test_nothing_is_loaded_when_nothing_is_left_to_do(folder, tiny_model, capsys, monkeypatch):
-    monkeypatch.setattr(upscale, "load_flux", None)
+    forbid_loading(monkeypatch)
     photo().save(folder / "out.png")
-    assert flux(tiny_model, folder / "photo.png", folder / "out.png") == 0
+    assert flux(tiny_model, folder / "photo.png", "-o", folder / "out.png") == 0
     (folder / "text.png").write_text("no image")
     assert flux(tiny_model, folder / "text.png") == 1
     photo(size=(250, 250)).save(folder / "large.png")
@@ -779,7 +986,7 @@ def test_nothing_is_loaded_when_nothing_is_left_to_do(folder, tiny_model, capsys
 
 
 def flux_command(folder, tiny_model, *more):
-    arguments = [folder / "photo.png", folder / "out.png", "--scale", "2", "--use-flux", "--model", tiny_model]
+    arguments = [folder / "photo.png", "-o", folder / "out.png", "--scale", "2", "--use-flux", "--model", tiny_model]
     return [*arguments, "--steps", "3", "--tile-size", "32", "--tile-overlap", "16", "--device", "cpu", *more]
 
 

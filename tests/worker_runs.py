@@ -5,6 +5,7 @@ milliseconds and can be killed at any moment.
 """
 
 import io
+import json
 import multiprocessing
 import os
 import resource
@@ -21,6 +22,8 @@ import torch
 from PIL import Image
 
 from flux_dino_tile import image_files, upscale
+from flux_dino_tile.processes import Processes
+from pipeline_flux_dino_tile import FluxDinoTilePipeline
 from tiny_models import ROOT, tiny_pipeline
 
 
@@ -123,10 +126,18 @@ def outputs(folder: Path, count: int) -> list[str]:
     return [(folder / f"output-{rank}.txt").read_text() for rank in range(count)]
 
 
+def exchange_twice(folder: Path) -> None:
+    """Writes what every process gets of the first one's values, and which items it takes, in two rounds."""
+    processes = Processes(30, print)
+    values = [processes.from_first(f"{value} of {processes.rank}") for value in ("first", "second")]
+    taken = [list(processes.take(4)) for _ in range(2)]
+    (folder / f"exchanged-{processes.rank}.json").write_text(json.dumps([values, taken]))
+    processes.collect([])
+
+
 def command_line(arguments: list[str], faults: dict[int, Callable] | None = None) -> int:
     """`upscale.py` with the small models at hand in place of a folder's; `faults` change the pipeline of a process."""
-    load = upscale.load
-    upscale.load = lambda option, name, loader: PIPE if option == "--model" else load(option, name, loader)
+    FluxDinoTilePipeline.from_pretrained = lambda *_arguments, **_options: PIPE
     fault = (faults or {}).get(int(os.environ.get("RANK", 0)))
     if fault is not None:
         fault()
@@ -172,15 +183,15 @@ def write_in_strips_to_a_small_disk() -> None:
 
 
 def write_slowly() -> None:
-    write_picture = upscale.write_picture
-    upscale.write_picture = lambda *arguments: time.sleep(4) or write_picture(*arguments)
+    replace = os.replace
+    os.replace = lambda *paths: time.sleep(4) or replace(*paths)
 
 
 def fail_to_read() -> None:
-    def fail(path):
-        raise OSError("cannot be read: Input/output error")
+    def fail(file):
+        raise OSError("Input/output error")
 
-    upscale.read_picture = fail
+    Image.open = fail
 
 
 def stop_itself() -> None:

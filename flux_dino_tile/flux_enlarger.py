@@ -1,0 +1,171 @@
+# Copyright 2026 The flux-dino-tile authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Enlarging pictures with a pipeline."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from pipeline_flux_dino_tile import FluxDinoTilePipeline, is_first_process
+
+from .enlargers import BicubicEnlarger, as_source, has_alpha
+from .image_files import resize_rows
+from .messages import first_line, print_line
+from .options import Settings
+from .processes import REMEDY, ProcessError
+
+
+# What the pipeline raises in all processes that share an image, or in none.
+COMMON_ERRORS = (ValueError, FloatingPointError)
+# What it may raise at all, for programs that call it by these functions.
+EXPECTED_ERRORS = (*COMMON_ERRORS, OSError, RuntimeError, MemoryError)
+
+# The settings that do not decide what the picture looks like.
+MACHINE_SETTINGS = (
+    *("tile_batch_size", "device", "offload", "memory", "compile"),
+    *("resume", "checkpoint_steps", "worker_timeout"),
+)
+PICTURE_SETTINGS = [field.name for field in fields(Settings) if field.name not in MACHINE_SETTINGS]
+
+
+class FluxEnlarger:
+    """
+    Enlarges images with a pipeline, by settings that [`load_flux`] has filled in; forms as in [`BicubicEnlarger`].
+
+    With a `process_group`, whose processes make the same calls, they share the tiles of each image. Then all of them
+    have to take all strips, and only the first `writes`.
+    """
+
+    def __init__(self, pipe: FluxDinoTilePipeline, settings: Settings, process_group=None):
+        self.pipe = pipe
+        self.settings = settings
+        self.process_group = process_group
+        self.writes = is_first_process(process_group)
+        self.tile_batch_size = settings.tile_batch_size
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """The settings that decide what the picture looks like, without the folders of this machine."""
+        values = {name: getattr(self.settings, name) for name in PICTURE_SETTINGS}
+        for name in ("model", "projector"):
+            if values[name] is not None and Path(values[name]).is_dir():
+                values[name] = Path(values[name]).resolve().name
+        return {"method": "flux", **{name: value for name, value in values.items() if value is not None}}
+
+    def whole(self, image: Image.Image, size: tuple[int, int], checkpoint_dir: Path | None = None) -> Image.Image:
+        return self.like_source(self.call(image, size, "pil", checkpoint_dir).images[0], image)
+
+    def like_source(self, result: Image.Image, image: Image.Image) -> Image.Image:
+        """A result in RGB as grey or transparent as its image."""
+        alpha = BicubicEnlarger().whole(image.getchannel("A"), result.size) if has_alpha(image) else None
+        return as_source(result, image, alpha)
+
+    def strips(
+        self, image: Image.Image, size: tuple[int, int], checkpoint_dir: Path | None = None
+    ) -> Iterator[Image.Image]:
+        width, height = size
+        latents = self.call(image, size, "latent", checkpoint_dir).images
+        plan = self.pipe.plan_tiles(height, width, self.settings.tile_size, self.settings.tile_overlap)
+        wide_alpha = None
+        if has_alpha(image):
+            wide_alpha = BicubicEnlarger().whole(image.getchannel("A"), (width, image.height))
+        top = 0
+        with self.ending_all():
+            residual_image = None
+            if self.settings.vae_residual:
+                residual_image = self.pipe.prepare_image(image.convert("RGB"), height, width)
+            for pixels in self.pipe.decode_pixels(latents, plan, height, width, self.process_group, residual_image):
+                bottom = top + pixels.shape[1]
+                alpha = wide_alpha and resize_rows(wide_alpha, height, top, bottom)
+                yield as_source(Image.fromarray(pixels[0]), image, alpha)
+                top = bottom
+
+    def arguments(self, image: Image.Image, size: tuple[int, int]) -> dict[str, Any]:
+        """What the pipeline is called with for one image."""
+        settings = self.settings
+        return {
+            "image": image.convert("RGB"),
+            "width": size[0],
+            "height": size[1],
+            "prompt": settings.prompt,
+            "start_sigma": settings.start_sigma,
+            "num_inference_steps": settings.steps,
+            "guidance_scale": settings.guidance,
+            "tile_size": settings.tile_size,
+            "tile_overlap": settings.tile_overlap,
+            "tile_batch_size": self.tile_batch_size,
+            "dino_conditioning_scale": settings.dino_strength or 0.0,
+            "max_sequence_length": settings.text_tokens,
+            "skip_flat_tiles": False if settings.skip_flat_tiles is None else settings.skip_flat_tiles,
+            "color_fix": settings.color_fix,
+            "vae_residual": bool(settings.vae_residual),
+            # On the CPU, so that a seed means the same noise on every machine.
+            "generator": torch.Generator("cpu").manual_seed(settings.seed),
+        }
+
+    def call(
+        self,
+        image: Image.Image,
+        size: tuple[int, int],
+        output_type: str,
+        checkpoint_dir: Path | None = None,
+        **options,
+    ):
+        """
+        The pipeline's output; after an out-of-memory on the GPU tried again with half as many tiles at once, unless
+        other processes share the image: they would have to do the same.
+        """
+        while True:
+            arguments = self.arguments(image, size) | {
+                "output_type": output_type,
+                "checkpoint_dir": checkpoint_dir,
+                "checkpoint_steps": self.settings.checkpoint_steps,
+                "process_group": self.process_group,
+                **options,
+            }
+            if output_type == "latent":
+                arguments["vae_residual"] = False
+            try:
+                with self.ending_all():
+                    return self.pipe(**arguments)
+            except torch.OutOfMemoryError as error:
+                if self.tile_batch_size == 1:
+                    raise RuntimeError(
+                        "out of GPU memory with one tile at a time: try --memory 8, or a smaller --tile-size"
+                    ) from error
+            # Here, where the error does not hold the tensors of the call any more.
+            self.tile_batch_size //= 2
+            print_line(f"out of GPU memory: trying again with --tile-batch-size {self.tile_batch_size}")
+            self.pipe.maybe_free_model_hooks()
+            torch.cuda.empty_cache()
+
+    @contextmanager
+    def ending_all(self) -> Iterator[None]:
+        """Makes an error end the run if other processes share the image and wait for this one."""
+        try:
+            yield
+        except COMMON_ERRORS:
+            raise
+        except Exception as error:
+            if self.process_group is None:
+                raise
+            raise ProcessError(
+                f"a process that shares the tiles failed or is gone ({first_line(error)}); {REMEDY}"
+            ) from error
