@@ -1,7 +1,10 @@
 """The page of scripts/app.py: what its buttons do, and a person's way through it in a headless Chromium."""
 
+import os
 import re
 import shutil
+import subprocess
+import sys
 import time
 from io import BytesIO
 from pathlib import Path
@@ -253,15 +256,28 @@ def test_a_person_enlarges_a_photo(url, browser, folder, tmp_path):
 
 def space_blocks():
     guide = (ROOT / "docs" / "app.md").read_text()
-    return re.search(r"```yaml\n(.*?)```", guide, re.DOTALL)[1], re.search(r"```\n(torch.*?)```", guide, re.DOTALL)[1]
+    patterns = (r"```yaml\n(.*?)```", r"```python\n(.*?)```", r"```\n(torch.*?)```")
+    return [re.search(pattern, guide, re.DOTALL)[1] for pattern in patterns]
 
 
 def test_space_metadata():
-    metadata, _ = space_blocks()
+    metadata, *_ = space_blocks()
     data = SpaceCard(f"---\n{metadata}---\n").data
     assert (data.sdk, data.license) == ("gradio", "apache-2.0")
-    assert (ROOT / data.app_file).is_file()
+    assert data.app_file == "app.py"
     assert Version(data.sdk_version) >= Version("6") and len(data.short_description) <= 60
+
+
+def test_the_file_that_a_space_runs(tmp_path):
+    """In the project's folder as it is pushed, without installing it."""
+    for name in ("flux_dino_tile", "dino_projector", "scripts", "pipeline_flux_dino_tile.py"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "app.py").write_text(space_blocks()[1])
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "app.py", "--model", "nowhere at all"]
+    result = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("app.py: error: --model nowhere at all")
 
 
 def test_space_requirements():
@@ -269,4 +285,4 @@ def test_space_requirements():
     tomllib = pytest.importorskip("tomllib")  # since Python 3.11
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     expected = {*project["dependencies"], *project["optional-dependencies"]["flux"]}
-    assert set(space_blocks()[1].split()) == expected
+    assert set(space_blocks()[2].split()) == expected

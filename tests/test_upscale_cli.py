@@ -704,7 +704,7 @@ def forbid_loading(monkeypatch):
 
 
 def flux(tiny_model, *arguments):
-    return run(*arguments, "--use-flux", "--model", tiny_model, "--device", "cpu", "--steps", "1")
+    return run("--use-flux", "--model", tiny_model, "--device", "cpu", "--steps", "1", *arguments)
 
 
 def last_error(capsys):
@@ -807,13 +807,50 @@ def test_flux_shows_the_bar_of_the_tiles_and_nothing_else(folder, tiny_model):
     assert (plan.returncode, plan.stderr) == (0, "")
 
 
-def test_compile_leaves_the_choice_of_parts_to_the_pipeline(folder, tiny_model, monkeypatch):
-    from pipeline_flux_dino_tile import FluxDinoTilePipeline
+@pytest.fixture
+def compiled(monkeypatch):
+    """What is compiled; nothing is, because that takes minutes."""
+    import torch
 
-    calls = []
-    monkeypatch.setattr(FluxDinoTilePipeline, "compile_for_upscaling", lambda pipe: calls.append(pipe))
+    functions = []
+
+    def compile_nothing(function, **options):
+        functions.append(function)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    return functions
+
+
+def test_compile_takes_the_blocks_and_the_vae(folder, tiny_model, compiled):
     assert flux(tiny_model, folder / "photo.png", "--scale", "1", "--compile") == 0
-    assert len(calls) == 1
+    kinds = {type(function.__self__).__name__ for function in compiled}
+    assert kinds == {"FluxTransformerBlock", "FluxSingleTransformerBlock", "Encoder", "Decoder"}
+
+
+def test_compiled_images_get_one_tile_size_also_after_a_crash(folder, tiny_model, compiled, monkeypatch):
+    """That of the largest, which is the second here."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    photo(size=(24, 24)).save(folder / "a.png")
+    photo(size=(150, 130)).save(folder / "b.png")
+    (folder / "photo.png").unlink()
+    command = [folder, "-o", folder / "out", "--scale", "8", "--compile", "--resume"]
+    with monkeypatch.context() as patch:
+        steps, step = [], FlowMatchEulerDiscreteScheduler.step
+
+        def interrupt(self, *arguments, **kwargs):
+            steps.append(1)
+            if len(steps) == 4:
+                raise KeyboardInterrupt
+            return step(self, *arguments, **kwargs)
+
+        patch.setattr(FlowMatchEulerDiscreteScheduler, "step", interrupt)
+        assert flux(tiny_model, *command, "--steps", "2") == 130
+    assert [path.name for path in files_in(folder / "out") if path.suffix == ".png"] == ["a.png"]
+    assert flux(tiny_model, *command, "--steps", "2") == 0
+    tile_sizes = [settings_of(folder / "out" / name)["tile_size"] for name in ("a.png", "b.png")]
+    assert tile_sizes[0] == tile_sizes[1] and min(tile_sizes[0]) > 8 * 24
 
 
 def test_flux_keeps_grey_alpha_and_orientation_and_says_that_16_bits_are_lost(tmp_path, tiny_model, capsys):
