@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .embedded import locate_model
 from .messages import UsageError, first_line
 
 
@@ -32,18 +33,21 @@ class Architecture:
     text_tokens: int = 512
     dino_tokens: int = 256
     tile_size: int | None = None  # the checkpoint's own
+    has_text_encoders: bool = True
+    prompt_tokens: int = 0  # of the empty prompt's embeddings that the projector carries
 
 
 def read_architecture(model: str | None, projector: str | None = None) -> Architecture:
     """What the folders `model` and `projector` say; Hub repositories are not asked."""
     found: dict[str, Any] = {}
-    if model is not None and Path(model).is_dir():
+    folder = None if model is None else Path(locate_model(model))
+    if folder is not None and folder.is_dir():
         try:
-            found |= read_model(Path(model))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            found |= read_model(folder)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"--model {model}: not the folder of a FLUX.1 pipeline ({first_line(error)})") from error
         if projector is None:
-            found |= read_projector("--model", Path(model)) or {"dino_tokens": 0}
+            found |= read_projector("--model", folder) or {"dino_tokens": 0}
     if projector is not None and Path(projector).is_dir():
         found |= read_projector("--projector", Path(projector))
     return Architecture(**found)
@@ -51,13 +55,15 @@ def read_architecture(model: str | None, projector: str | None = None) -> Archit
 
 def read_model(folder: Path) -> dict[str, Any]:
     transformer, vae = (read_json(folder / part / "config.json") for part in ("transformer", "vae"))
+    index = read_json(folder / "model_index.json")
     return {
-        "inner_dim": transformer["num_attention_heads"] * transformer["attention_head_dim"],
-        "num_layers": transformer["num_layers"] + transformer["num_single_layers"],
+        "inner_dim": transformer.get("num_attention_heads", 24) * transformer.get("attention_head_dim", 128),
+        "num_layers": transformer.get("num_layers", 19) + transformer.get("num_single_layers", 38),
         "pixels_per_token": 2 ** len(vae["block_out_channels"]),
         # The distilled FLUX.1-schnell was trained with 256.
-        "text_tokens": 512 if transformer["guidance_embeds"] else 256,
-        "tile_size": read_json(folder / "model_index.json").get("default_tile_size"),
+        "text_tokens": 512 if transformer.get("guidance_embeds") else 256,
+        "tile_size": index.get("default_tile_size"),
+        "has_text_encoders": all((index.get(name) or [None])[0] for name in ("text_encoder", "text_encoder_2")),
     }
 
 
@@ -69,7 +75,11 @@ def read_projector(option: str, folder: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        return {"dino_tokens": read_json(file).get("token_grid", 16) ** 2}
+        config = read_json(file)
+        return {
+            "dino_tokens": config.get("token_grid", 16) ** 2,
+            "prompt_tokens": config.get("num_prompt_tokens", 0),
+        }
     except (OSError, ValueError, TypeError) as error:
         raise UsageError(f"{option} {folder}: not the folder of a projector ({first_line(error)})") from error
 

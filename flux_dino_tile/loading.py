@@ -26,9 +26,10 @@ from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from pipeline_flux_dino_tile import FluxDinoTilePipeline
 
+from .architecture import Architecture
 from .embedded import locate_model
 from .messages import UsageError, first_line, hide_loading_bars, print_line
-from .options import Settings
+from .options import Settings, check_architecture
 
 
 # Small layers, and those that steer the big ones, which `--quantize` leaves as they are.
@@ -52,10 +53,9 @@ def load_flux(settings: Settings) -> tuple[FluxDinoTilePipeline, Settings]:
     dtype = settings.dtype or ("float32" if device.type == "cpu" else "bfloat16")
 
     pipe = load_models(settings, getattr(torch, dtype))
+    check_architecture(settings, describe_models(pipe))
     strength = settings.dino_strength
     if pipe.dino_projector is None:
-        if strength is not None:
-            raise UsageError("--dino-strength needs --projector: the model has no DINO projector")
         print_line("no DINO projector: the tiles are not told what they show (--projector gives one)")
     elif strength is None:
         strength = 1.0
@@ -81,6 +81,15 @@ def load_flux(settings: Settings) -> tuple[FluxDinoTilePipeline, Settings]:
         guidance=guidance,
         start_sigma=start_sigma,
     )
+
+
+def describe_models(pipe: FluxDinoTilePipeline) -> Architecture:
+    """What decides which settings fit, also of models that came from the Hub."""
+    has_text_encoders = pipe.text_encoder is not None and pipe.text_encoder_2 is not None
+    if pipe.dino_projector is None:
+        return Architecture(has_text_encoders=has_text_encoders, dino_tokens=0)
+    prompt_tokens = pipe.dino_projector.config.get("num_prompt_tokens", 0)
+    return Architecture(has_text_encoders=has_text_encoders, prompt_tokens=prompt_tokens)
 
 
 def load_models(settings: Settings, dtype: torch.dtype) -> FluxDinoTilePipeline:

@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from .architecture import Architecture, read_architecture
 from .embedded import EMBEDDED, locate_model
 from .image_files import READ_SUFFIXES
 from .messages import COMMAND, Parser, UsageError, nonempty, number
@@ -343,6 +344,7 @@ def make_options(given: dict[str, Any]) -> Options:
     options = Options(**given)
     check_tile_options(options)
     check_models(options)
+    check_architecture(options, read_architecture(options.model, options.projector))
     if options.use_flux and not options.plan:
         check_modes(options)
     return options
@@ -376,6 +378,20 @@ def check_repository(option: str, name: str, *files: str) -> None:
             raise UsageError(f"{option} {name}: the folder has no {files[0]}")
     elif not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         raise UsageError(f"{option} {name}: no such folder, and no name of a Hub repository (owner/name)")
+
+
+def check_architecture(settings: Settings, architecture: Architecture) -> None:
+    """Raises if the models cannot take a setting."""
+    if settings.prompt is not None and not architecture.has_text_encoders:
+        raise UsageError(f"--prompt needs text encoders, and --model {settings.model} has none: leave it out")
+    carried = architecture.prompt_tokens
+    if settings.prompt is None and carried and settings.text_tokens not in (None, carried):
+        raise UsageError(
+            f"--text-tokens {settings.text_tokens}: without a prompt there are {carried}, those of the empty prompt"
+            " that the projector carries: leave it out"
+        )
+    if settings.dino_strength is not None and architecture.dino_tokens == 0:
+        raise UsageError("--dino-strength needs --projector: the model has no DINO projector")
 
 
 def check_modes(options: Settings) -> None:

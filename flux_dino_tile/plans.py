@@ -18,7 +18,6 @@ from collections import Counter
 from itertools import pairwise
 
 from .architecture import Architecture, read_architecture
-from .embedded import locate_model
 from .image_files import upright_size
 from .jobs import Job, count_outcomes, run_step, target_size
 from .messages import print_line
@@ -53,6 +52,8 @@ def print_plan(job: Job, options: Options, architecture: Architecture, totals: C
     width, height = target_size(size, options.scale)
     plan = plan_picture((width, height), options, architecture)
     text_tokens = options.text_tokens or architecture.text_tokens
+    if options.prompt is None and architecture.prompt_tokens:
+        text_tokens = architecture.prompt_tokens
     dino_tokens = 0 if options.dino_strength == 0 else architecture.dino_tokens
     num_tokens = plan.tokens_per_tile + text_tokens + dino_tokens
     tflop = transformer_flops(num_tokens, architecture.inner_dim, architecture.num_layers) / 1e12
@@ -78,7 +79,7 @@ def print_plan(job: Job, options: Options, architecture: Architecture, totals: C
 
 
 def print_plans(jobs: list[Job], options: Options) -> None:
-    architecture = read_architecture(options.model and locate_model(options.model), options.projector)
+    architecture = read_architecture(options.model, options.projector)
     totals: Counter = Counter()
     for job in jobs:
         run_step(print_plan, job, options, architecture, totals)

@@ -30,7 +30,6 @@ from PIL import Image
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from .architecture import read_architecture
-from .embedded import locate_model
 from .enlargers import BicubicEnlarger, software_text
 from .image_files import (
     can_be_written_in_strips,
@@ -125,7 +124,7 @@ def upscale(jobs: list[Job], options: Options) -> None:
 
 def check_tiles(jobs: list[Job], options: Options) -> None:
     """Finds out before a model is loaded for which images the options leave no tiles."""
-    architecture = read_architecture(options.model and locate_model(options.model), options.projector)
+    architecture = read_architecture(options.model, options.projector)
 
     def check(job: Job) -> str:
         plan_picture(target_size(upright_size(job.source), options.scale), options, architecture)

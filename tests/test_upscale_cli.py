@@ -919,8 +919,8 @@ def test_flux_without_a_projector(folder, tmp_path_factory, capsys):
     assert flux(model, folder / "photo.png", "--scale", "2") == 0
     assert "no DINO projector" in capsys.readouterr().out
     assert "dino_strength" not in settings_of(folder / "photo_x2_flux.png")
-    assert flux(model, folder / "photo.png", "--scale", "2", "--overwrite", "--dino-strength", "1") == 2
-    assert "--dino-strength needs --projector" in last_error(capsys)
+    error = usage_error(capsys, folder / "photo.png", "--use-flux", "--model", model, "--dino-strength", "1")
+    assert "--dino-strength needs --projector" in error
 
 
 def test_broken_model_folders_are_one_line(folder, tiny_model, tmp_path, capsys):
@@ -1017,6 +1017,76 @@ def test_nothing_is_loaded_when_nothing_is_left_to_do(folder, tiny_model, capsys
     (folder / "half.png").write_bytes((folder / "photo.png").read_bytes()[:300])
     assert flux(tiny_model, folder / "half.png") == 1
     assert f"{folder / 'half.png'}: cannot be read" in last_error(capsys)
+
+
+def set_config(folder, file, **values):
+    path = Path(folder, file)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_a_prompt_needs_text_encoders(folder, tiny_model, capsys, monkeypatch):
+    """Known before anything is loaded."""
+    forbid_loading(monkeypatch)
+    model = folder / "model"
+    shutil.copytree(tiny_model, model)
+    for name in ("text_encoder", "text_encoder_2"):
+        set_config(model, "model_index.json", text_encoder=["transformers", "CLIPTextModel"])
+        set_config(model, "model_index.json", **{name: [None, None]})
+        error = usage_error(capsys, folder / "photo.png", "--use-flux", "--model", model, "--prompt", "a dog")
+        assert f"--prompt needs text encoders, and --model {model} has none" in error
+    error = usage_error(capsys, folder / "photo.png", "--use-flux", "--prompt", "a dog")
+    assert "--prompt needs text encoders, and --model embedded has none" in error
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompt", "a dog"], "--prompt needs text encoders, and --model owner/name has none"),
+        (["--dino-strength", "0.5"], "--dino-strength needs --projector: the model has no DINO projector"),
+    ],
+)
+def test_what_a_model_from_the_hub_cannot_take_is_wrong_usage_too(folder, capsys, monkeypatch, options, message):
+    from pipeline_flux_dino_tile import FluxDinoTilePipeline
+    from tiny_models import tiny_pipeline
+
+    pipe = tiny_pipeline()
+    pipe.register_modules(text_encoder=None)
+    monkeypatch.setattr(FluxDinoTilePipeline, "from_pretrained", lambda *_arguments, **_options: pipe)
+    error = usage_error(capsys, folder / "photo.png", "--use-flux", "--model", "owner/name", *options)
+    assert message in error
+
+
+def test_text_tokens_of_a_projector_that_carries_the_empty_prompt(folder, tiny_model, capsys, monkeypatch):
+    forbid_loading(monkeypatch)
+    model = folder / "model"
+    shutil.copytree(tiny_model, model)
+    set_config(model, "dino_projector/config.json", num_prompt_tokens=64)
+    command = [folder / "photo.png", "--use-flux", "--model", model]
+    for options, count in (
+        ([], 64),
+        (["--text-tokens", "64"], 64),
+        (["--prompt", "a dog"], 256),
+        (["--prompt", "a dog", "--text-tokens", "128"], 128),
+    ):
+        assert run(*command, "--plan", *options) == 0
+        assert f" image + {count} text + " in capsys.readouterr().out
+    for more in ([], ["--plan"]):
+        error = usage_error(capsys, *command, "--text-tokens", "128", *more)
+        assert "--text-tokens 128: without a prompt there are 64, those of the empty prompt" in error
+
+
+def test_an_overlap_that_the_models_own_tile_size_does_not_hold(folder, tiny_model, capsys, monkeypatch):
+    """Known before anything is loaded; an image that is one tile has no overlap."""
+    model = folder / "model"
+    shutil.copytree(tiny_model, model)
+    set_config(model, "model_index.json", default_tile_size=64)
+    photo(size=(12, 12)).save(folder / "small.png")
+    command = ["--use-flux", "--model", model, "--device", "cpu", "--steps", "1", "--tile-overlap", "64"]
+    with monkeypatch.context() as patch:
+        forbid_loading(patch)
+        assert run(folder / "photo.png", *command) == 1
+    assert "`tile_overlap` must be" in last_error(capsys)
+    assert run(folder / "small.png", *command) == 0
 
 
 # --resume
