@@ -150,10 +150,12 @@ def has_deep_planes(image: TiffImageFile) -> bool:
 
 def unreadable_reason(file: BinaryIO) -> str:
     file.seek(0)
-    start = file.read(4)
+    start = file.read(12)
     if not start:
         return "is empty"
-    if start in (b"II*\0", b"MM\0*"):
+    if start[4:11] == b"ftyphei":
+        return "is a HEIC, which is read where pillow-heif is installed (pip install pillow-heif)"
+    if start[:4] in (b"II*\0", b"MM\0*"):
         return "is a TIFF whose kind of pixels Pillow cannot read, or broken: save it with 8 bits per channel"
     return "is not an image that Pillow can read"
 

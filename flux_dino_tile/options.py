@@ -58,7 +58,7 @@ class Settings:
     seed: int = 0
     color_fix: str | None = None
     vae_residual: bool | None = None
-    tile_size: Any = None
+    tile_size: int | tuple[int, int] | None = None
     tile_overlap: int = 64
     tile_batch_size: int = 1
     text_tokens: int | None = None
@@ -351,7 +351,7 @@ def make_options(given: dict[str, Any]) -> Options:
 
 
 def check_tile_options(options: Settings) -> None:
-    if options.tile_size is None:
+    if not isinstance(options.tile_size, int):
         return
     if options.tile_size % 16:
         raise UsageError(f"argument --tile-size: must be a multiple of 16 px, not {options.tile_size}")

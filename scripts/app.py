@@ -35,6 +35,7 @@ from flux_dino_tile.options import Settings, add_flux_options, make_options
 
 
 PAGE_OPTIONS = ("host", "port", "max_upload", "max_megapixels")
+COMPILED_TILE_SIZE = 1024  # px, what FLUX.1 was trained on
 VIEW_SIDE = 1600  # px, of the pictures on the page; the file to download has all of them
 MAX_WAITING = 16
 KEPT_SECONDS = 3600  # uploads and results, on the disk
@@ -146,6 +147,9 @@ class Page:
     """
 
     def __init__(self, pipe, settings: Settings, max_megapixels: float):
+        if settings.compile and settings.tile_size is None:
+            # Compiled code fits one size.
+            settings = replace(settings, tile_size=pipe.config.default_tile_size or COMPILED_TILE_SIZE)
         self.pipe, self.settings, self.max_megapixels = pipe, settings, max_megapixels
 
     def plan(self, path: str | None, scale: float) -> tuple[Any, str]:

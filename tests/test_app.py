@@ -143,6 +143,20 @@ def test_the_page_begins_with_the_options(page):
     assert (begun["DINO strength (0 is off)"]["value"], begun["Prompt, optional"]["value"]) == (1.0, "")
 
 
+def test_a_compiled_page_keeps_to_one_tile_size(page, folder):
+    for options, tile_size in (
+        (["--compile"], 1024),
+        (["--compile", "--tile-size", "64", "--tile-overlap", "16"], 64),
+        ([], None),
+    ):
+        _, settings = app.parse(["--model", "a/b", *options])
+        compiled = app.Page(page.pipe, settings, 1.0)
+        assert compiled.settings.tile_size == tile_size
+        assert compiled.plan(str(folder / "photo.jpg"), 2)[1].endswith(
+            "96 x 128 px" if tile_size != 64 else "64 x 64 px"
+        )
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -267,6 +267,13 @@ def test_pictures_that_are_not_read_are_named_in_one_line(tmp_path, capsys):
     assert [path.name for path in files_in(tmp_path / "out")] == ["a.png"]
 
 
+def test_a_heic_without_pillow_heif_says_what_reads_it(tmp_path, capsys):
+    for name in ("a.heic", "a.jpg"):
+        (tmp_path / name).write_bytes(b"\0\0\0\x18ftypheic" + bytes(50))
+        assert run(tmp_path / name) == 1
+        assert "is a HEIC, which is read where pillow-heif is installed" in capsys.readouterr().err
+
+
 def test_a_long_list_of_pictures_that_are_not_read_is_cut(tmp_path, capsys):
     for index in range(25):
         (tmp_path / f"{index:02}.tga").write_bytes(b"x")
