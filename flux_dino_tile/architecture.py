@@ -34,7 +34,7 @@ class Architecture:
     dino_tokens: int = 256
     tile_size: int | None = None  # the checkpoint's own
     has_text_encoders: bool = True
-    prompt_tokens: int = 0  # of the empty prompt's embeddings that the projector carries
+    prompt_tokens: int | None = None  # of the empty prompt that the projector carries; 0 if it does not
 
 
 def read_architecture(model: str | None, projector: str | None = None) -> Architecture:
@@ -47,7 +47,7 @@ def read_architecture(model: str | None, projector: str | None = None) -> Archit
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"--model {model}: not the folder of a FLUX.1 pipeline ({first_line(error)})") from error
         if projector is None:
-            found |= read_projector("--model", folder) or {"dino_tokens": 0}
+            found |= read_projector("--model", folder) or {"dino_tokens": 0, "prompt_tokens": 0}
     if projector is not None and Path(projector).is_dir():
         found |= read_projector("--projector", Path(projector))
     return Architecture(**found)

@@ -14,22 +14,27 @@
 
 """Enlarging pictures with a pipeline."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
-from pipeline_flux_dino_tile import FluxDinoTilePipeline, is_first_process
+from pipeline_flux_dino_tile import FluxDinoTilePipeline
 
+from .color import match_color
+from .diagnostics import find_flat_tiles
 from .enlargers import BicubicEnlarger, as_source, has_alpha
 from .image_files import resize_rows
 from .messages import first_line, print_line
 from .options import Settings
 from .processes import REMEDY, ProcessError
+from .resume import Checkpoint
+from .sharing import is_first_process, sharing_tiles
 
 
 # What the pipeline raises in all processes that share an image, or in none.
@@ -70,10 +75,14 @@ class FluxEnlarger:
         return {"method": "flux", **{name: value for name, value in values.items() if value is not None}}
 
     def whole(self, image: Image.Image, size: tuple[int, int], checkpoint_dir: Path | None = None) -> Image.Image:
-        return self.like_source(self.call(image, size, "pil", checkpoint_dir).images[0], image)
+        with self.sharing(checkpoint_dir) as call:
+            results = self.retry(call, image, size, "pil").images
+        return self.like_source(results[0], image)
 
     def like_source(self, result: Image.Image, image: Image.Image) -> Image.Image:
-        """A result in RGB as grey or transparent as its image."""
+        """A result in RGB with the colours that the settings ask for, and as grey or transparent as its image."""
+        if self.settings.color_fix is not None:
+            result = match_color(self.pipe, [result], image.convert("RGB"), self.settings.color_fix)[0]
         alpha = BicubicEnlarger().whole(image.getchannel("A"), result.size) if has_alpha(image) else None
         return as_source(result, image, alpha)
 
@@ -81,71 +90,48 @@ class FluxEnlarger:
         self, image: Image.Image, size: tuple[int, int], checkpoint_dir: Path | None = None
     ) -> Iterator[Image.Image]:
         width, height = size
-        latents = self.call(image, size, "latent", checkpoint_dir).images
-        plan = self.pipe.plan_tiles(height, width, self.settings.tile_size, self.settings.tile_overlap)
         wide_alpha = None
         if has_alpha(image):
             wide_alpha = BicubicEnlarger().whole(image.getchannel("A"), (width, image.height))
         top = 0
-        with self.ending_all():
-            residual_image = None
-            if self.settings.vae_residual:
-                residual_image = self.pipe.prepare_image(image.convert("RGB"), height, width)
-            for pixels in self.pipe.decode_pixels(latents, plan, height, width, self.process_group, residual_image):
+        with self.sharing(checkpoint_dir) as call:
+            for pixels in self.retry(call, image, size, "strips").images:
                 bottom = top + pixels.shape[1]
                 alpha = wide_alpha and resize_rows(wide_alpha, height, top, bottom)
                 yield as_source(Image.fromarray(pixels[0]), image, alpha)
                 top = bottom
 
-    def arguments(self, image: Image.Image, size: tuple[int, int]) -> dict[str, Any]:
-        """What the pipeline is called with for one image."""
-        settings = self.settings
-        return {
-            "image": image.convert("RGB"),
-            "width": size[0],
-            "height": size[1],
-            "prompt": settings.prompt,
-            "start_sigma": settings.start_sigma,
-            "num_inference_steps": settings.steps,
-            "guidance_scale": settings.guidance,
-            "tile_size": settings.tile_size,
-            "tile_overlap": settings.tile_overlap,
-            "tile_batch_size": self.tile_batch_size,
-            "dino_conditioning_scale": settings.dino_strength or 0.0,
-            "max_sequence_length": settings.text_tokens,
-            "skip_flat_tiles": False if settings.skip_flat_tiles is None else settings.skip_flat_tiles,
-            "color_fix": settings.color_fix,
-            "vae_residual": bool(settings.vae_residual),
-            # On the CPU, so that a seed means the same noise on every machine.
-            "generator": torch.Generator("cpu").manual_seed(settings.seed),
-        }
-
-    def call(
-        self,
-        image: Image.Image,
-        size: tuple[int, int],
-        output_type: str,
-        checkpoint_dir: Path | None = None,
-        **options,
-    ):
+    @contextmanager
+    def sharing(self, checkpoint_dir: Path | None) -> Iterator[Callable]:
         """
-        The pipeline's output; after an out-of-memory on the GPU tried again with half as many tiles at once, unless
+        What is called in place of the pipeline, to go on from a checkpoint and to share the tiles. An error ends the
+        run if other processes share them, because they wait for this one.
+        """
+        try:
+            with sharing_tiles(self.pipe, self.process_group) as call:
+                if checkpoint_dir is not None:
+                    call = partial(Checkpoint(checkpoint_dir, self.settings.checkpoint_steps).run, self.pipe)
+                yield call
+        except COMMON_ERRORS:
+            raise
+        except Exception as error:
+            if self.process_group is None:
+                raise
+            raise ProcessError(
+                f"a process that shares the tiles failed or is gone ({first_line(error)}); {REMEDY}"
+            ) from error
+
+    def retry(self, call: Callable, image: Image.Image, size: tuple[int, int], output_type: str) -> Any:
+        """
+        The output of `call`; after an out-of-memory on the GPU tried again with half as many tiles at once, unless
         other processes share the image: they would have to do the same.
         """
         while True:
-            arguments = self.arguments(image, size) | {
-                "output_type": output_type,
-                "checkpoint_dir": checkpoint_dir,
-                "checkpoint_steps": self.settings.checkpoint_steps,
-                "process_group": self.process_group,
-                **options,
-            }
-            if output_type == "latent":
-                arguments["vae_residual"] = False
             try:
-                with self.ending_all():
-                    return self.pipe(**arguments)
+                return call(**self.arguments(image, size), output_type=output_type)
             except torch.OutOfMemoryError as error:
+                if self.process_group is not None:
+                    raise
                 if self.tile_batch_size == 1:
                     raise RuntimeError(
                         "out of GPU memory with one tile at a time: try --memory 8, or a smaller --tile-size"
@@ -156,16 +142,35 @@ class FluxEnlarger:
             self.pipe.maybe_free_model_hooks()
             torch.cuda.empty_cache()
 
-    @contextmanager
-    def ending_all(self) -> Iterator[None]:
-        """Makes an error end the run if other processes share the image and wait for this one."""
-        try:
-            yield
-        except COMMON_ERRORS:
-            raise
-        except Exception as error:
-            if self.process_group is None:
-                raise
-            raise ProcessError(
-                f"a process that shares the tiles failed or is gone ({first_line(error)}); {REMEDY}"
-            ) from error
+    def arguments(self, image: Image.Image, size: tuple[int, int]) -> dict[str, Any]:
+        """What the pipeline is called with for one image."""
+        settings = self.settings
+        place: dict[str, Any] = {
+            "image": image.convert("RGB"),
+            "width": size[0],
+            "height": size[1],
+            "tile_size": settings.tile_size,
+            "tile_overlap": settings.tile_overlap,
+        }
+        features, frozen_tiles = None, []
+        if settings.skip_flat_tiles is not None:
+            if settings.dino_strength:
+                features = self.pipe.encode_dino(**place)
+            frozen_tiles = find_flat_tiles(
+                self.pipe, **place, dino_embeds=features, max_contrast=settings.skip_flat_tiles
+            )
+        return {
+            **place,
+            "prompt": settings.prompt,
+            "start_sigma": settings.start_sigma,
+            "num_inference_steps": settings.steps,
+            "guidance_scale": settings.guidance,
+            "tile_batch_size": self.tile_batch_size,
+            "dino_conditioning_scale": settings.dino_strength or 0.0,
+            "dino_embeds": features,
+            "max_sequence_length": settings.text_tokens,
+            "frozen_tiles": frozen_tiles,
+            "vae_residual": bool(settings.vae_residual),
+            # On the CPU, so that a seed means the same noise on every machine.
+            "generator": torch.Generator("cpu").manual_seed(settings.seed),
+        }

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from diffusers import BitsAndBytesConfig, PipelineQuantizationConfig, TorchAoConfig
+from huggingface_hub import file_exists, try_to_load_from_cache
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from pipeline_flux_dino_tile import FluxDinoTilePipeline
@@ -66,11 +67,11 @@ def load_flux(settings: Settings) -> tuple[FluxDinoTilePipeline, Settings]:
     if residual is None:
         residual = pipe.config.default_vae_residual or None
     steps, guidance, start_sigma = pipe.get_default_settings(
-        None, None, settings.start_sigma, settings.steps, settings.guidance
+        start_sigma=settings.start_sigma, num_inference_steps=settings.steps, guidance_scale=settings.guidance
     )
     place(pipe, device, settings.offload)
     if settings.compile:
-        pipe.compile_for_upscaling()
+        compile_models(pipe)
     return pipe, replace(
         settings,
         device=name,
@@ -87,8 +88,8 @@ def describe_models(pipe: FluxDinoTilePipeline) -> Architecture:
     """What decides which settings fit, also of models that came from the Hub."""
     has_text_encoders = pipe.text_encoder is not None and pipe.text_encoder_2 is not None
     if pipe.dino_projector is None:
-        return Architecture(has_text_encoders=has_text_encoders, dino_tokens=0)
-    prompt_tokens = pipe.dino_projector.config.get("num_prompt_tokens", 0)
+        return Architecture(has_text_encoders=has_text_encoders, dino_tokens=0, prompt_tokens=0)
+    prompt_tokens = pipe.dino_projector.config.num_prompt_tokens
     return Architecture(has_text_encoders=has_text_encoders, prompt_tokens=prompt_tokens)
 
 
@@ -101,12 +102,22 @@ def load_models(settings: Settings, dtype: torch.dtype) -> FluxDinoTilePipeline:
         )
     model, projector = locate_model(settings.model or ""), settings.projector
     pipe = load("--model", model, partial(FluxDinoTilePipeline.from_pretrained, **options))
-    # The folder may have one beside the models of its index.
-    if projector is None and pipe.dino_projector is None and Path(model, "dino_projector", "config.json").is_file():
+    if projector is None and load("--model", model, has_projector):
         projector = model
     if projector is not None:
         load("--projector", projector, pipe.load_dino_projector)
     return pipe
+
+
+def has_projector(model: str) -> bool:
+    """Whether the folder or Hub repository of a pipeline has a projector beside the models of its index."""
+    file = "dino_projector/config.json"
+    if Path(model).is_dir():
+        return Path(model, file).is_file()
+    try:
+        return file_exists(model, file)
+    except Exception:  # no network, which every version of the client says in its own way
+        return isinstance(try_to_load_from_cache(model, file), str)
 
 
 def load(option: str, name: str, loader: Callable):
@@ -169,6 +180,13 @@ def place(pipe: FluxDinoTilePipeline, device: torch.device, offload: str) -> Non
         pipe.enable_group_offload(onload_device=device, offload_type="leaf_level", use_stream=device.type == "cuda")
     else:
         pipe.to(device)
+
+
+def compile_models(pipe: FluxDinoTilePipeline) -> None:
+    """Compiles what takes the time, for the first shape of tiles and every further one."""
+    pipe.transformer.compile_repeated_blocks(fullgraph=True)
+    for coder in (pipe.vae.encoder, pipe.vae.decoder):
+        coder.compile(fullgraph=True)
 
 
 # ---- Quantization --------------------------------------------------------------------------------------------------

@@ -382,9 +382,15 @@ def check_repository(option: str, name: str, *files: str) -> None:
 
 def check_architecture(settings: Settings, architecture: Architecture) -> None:
     """Raises if the models cannot take a setting."""
-    if settings.prompt is not None and not architecture.has_text_encoders:
-        raise UsageError(f"--prompt needs text encoders, and --model {settings.model} has none: leave it out")
     carried = architecture.prompt_tokens
+    if not architecture.has_text_encoders:
+        if settings.prompt is not None:
+            raise UsageError(f"--prompt needs text encoders, and --model {settings.model} has none: leave it out")
+        if carried == 0:
+            raise UsageError(
+                f"--model {settings.model}: has no text encoders, so that it needs a projector that carries the empty"
+                " prompt (--projector)"
+            )
     if settings.prompt is None and carried and settings.text_tokens not in (None, carried):
         raise UsageError(
             f"--text-tokens {settings.text_tokens}: without a prompt there are {carried}, those of the empty prompt"

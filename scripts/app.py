@@ -20,11 +20,13 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw
 
+from flux_dino_tile.diagnostics import upscale_with_diagnosis
 from flux_dino_tile.enlargers import software_text
 from flux_dino_tile.flux_enlarger import EXPECTED_ERRORS, FluxEnlarger
 from flux_dino_tile.image_files import Picture, grey_integers, read_picture, upright_size, write_picture
@@ -175,7 +177,7 @@ class Page:
             dino_strength=None if self.pipe.dino_projector is None else strength,
         )
         enlarger = FluxEnlarger(self.pipe, settings)
-        output = enlarger.call(image, size, "pil", return_diagnostics=True)
+        output = enlarger.retry(partial(upscale_with_diagnosis, self.pipe), image, size, "pil")
         picture.image = enlarger.like_source(output.images[0], image)
         target = folder / f"{Path(path).stem}_x{scale:g}_flux.png"
         write_picture(picture, target, software_text(scale, enlarger.description))

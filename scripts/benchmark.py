@@ -38,15 +38,14 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
-from flux_dino_tile.loading import choose_device, is_quantized_layer, quantization_config
+from flux_dino_tile.loading import choose_device, compile_models, is_quantized_layer, quantization_config
 from flux_dino_tile.messages import Parser, UsageError, number, run_script
 from flux_dino_tile.plans import transformer_flops
 from pipeline_flux_dino_tile import (
-    PLANNED_STEPS,
+    TOKENS_BESIDE_IMAGE,
     DinoProjector,
     FluxDinoTilePipeline,
     PromptBranch,
-    tile_cost,
     tile_starts,
 )
 
@@ -105,7 +104,7 @@ VARIANTS = ("eager", "cudnn", "compiled", "compiled-cudnn", "fp8")
 PHASE_METHODS = {
     "DINO": ("", "encode_dino_tiles"),
     "VAE encode": ("vae", "encode"),
-    "denoise": ("", "predict_state_velocity"),
+    "denoise": ("", "predict_canvas_velocity"),
     "VAE decode": ("vae", "decode"),
 }
 # The heading and number format of every column, in the tables' order; without a format floats get three digits.
@@ -212,7 +211,7 @@ def parse_variants(text: str | None, device: torch.device) -> list[str]:
 
 
 def build_pipeline(kind: type[FluxImg2ImgPipeline], preset: Preset, device: torch.device, dtype: torch.dtype):
-    """A stock or a DINO pipeline, with FLUX.1-schnell's scheduler and prompt embeds instead of text encoders."""
+    """A stock or a DINO pipeline, with FLUX.1-schnell's scheduler and without text encoders."""
     gc.collect()  # the last pipeline, before this one takes its place
     torch.cuda.empty_cache()
     torch.manual_seed(0)
@@ -226,15 +225,18 @@ def build_pipeline(kind: type[FluxImg2ImgPipeline], preset: Preset, device: torc
         models = {"transformer": transformer, "vae": vae}
         if kind is FluxDinoTilePipeline:
             models["dino_encoder"] = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(patch_size=14, **preset.dino))
-            models["dino_projector"] = DinoProjector(**preset.projector)
-        embeds = torch.randn(1, preset.num_text_tokens, transformer.config.joint_attention_dim)
-        pooled_embeds = torch.randn(1, transformer.config.pooled_projection_dim)
+            sizes = {
+                "num_prompt_tokens": preset.num_text_tokens,
+                "pooled_dim": transformer.config.pooled_projection_dim,
+            }
+            models["dino_projector"] = projector = DinoProjector(**preset.projector, **sizes)
+            for buffer in (projector.prompt_embeds, projector.pooled_prompt_embeds):
+                torch.nn.init.normal_(buffer)
     torch.set_default_dtype(torch.float32)
     for model in models.values():
         model.eval().requires_grad_(False)
     texts = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
     pipe = kind(scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0), **texts, **models)
-    pipe.default_prompt_embeds = (embeds, pooled_embeds)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -255,7 +257,7 @@ def apply_variant(pipe: FluxDinoTilePipeline, variant: str) -> None:
             if isinstance(module, AttentionModuleMixin):
                 module.set_attention_backend("_native_cudnn")
     if "compiled" in variant or variant == "fp8":
-        pipe.compile_for_upscaling()
+        compile_models(pipe)
 
 
 def stock_places(preset: Preset, size: int) -> list[tuple[int, int]]:
@@ -358,8 +360,7 @@ def measure_step(pipe, plan, dino_strength: float, repeats: int, ceiling: float)
     pipe._joint_attention_kwargs = {}
     rows, columns = plan.tile_tokens
     embeds, pooled_embeds = pipe.default_prompt_embeds
-    num_text_tokens = embeds.shape[1]
-    branch = PromptBranch(embeds, pooled_embeds, torch.zeros(num_text_tokens, 3, device=device), None)
+    branch = PromptBranch(embeds, pooled_embeds, None)
     latents = torch.randn(1, pipe.latent_channels, 2 * rows, 2 * columns, device=device)
     timestep = torch.tensor(350.0, device=device)
     dino = None
@@ -452,7 +453,11 @@ def measure_pipeline_image(
 def measure_stock_image(preset: Preset, args: argparse.Namespace) -> dict:
     """What a user would write today: image-to-image on every tile, each pasted over the last."""
     pipe = build_pipeline(FluxImg2ImgPipeline, preset, args.device, args.dtype)
-    prompt = dict(zip(("prompt_embeds", "pooled_prompt_embeds"), pipe.default_prompt_embeds))
+    config, placed = pipe.transformer.config, {"device": args.device, "dtype": args.dtype}
+    prompt = {
+        "prompt_embeds": torch.randn(1, preset.num_text_tokens, config.joint_attention_dim, **placed),
+        "pooled_prompt_embeds": torch.randn(1, config.pooled_projection_dim, **placed),
+    }
     picture = random_picture(args.input_size)
     places = stock_places(preset, args.size)
     side = min(preset.stock_tile_size, args.size)
@@ -509,8 +514,8 @@ def measure_tile_sides(pipe: FluxDinoTilePipeline, preset: Preset, args: argpars
             1e3 * time_calls(partial(method, values), args.step_repeats, args.device)
             for method, values in ((pipe.vae.encode, pixels), (pipe.vae.decode, latents))
         )
-        total_ms = PLANNED_STEPS * step["ms"] + vae_ms
-        cost = tile_cost(plan.tokens_per_tile, step["num_tokens"] - plan.tokens_per_tile, pipe.transformer.inner_dim)
+        total_ms = args.steps * step["ms"] + vae_ms
+        cost = plan.tokens_per_tile + TOKENS_BESIDE_IMAGE
         record = {"tile_side": side, "num_tokens": step["num_tokens"], "step_ms": step["ms"], "vae_ms": vae_ms}
         records.append(
             {**record, "us_per_token": 1e3 * total_ms / plan.tokens_per_tile, "cost_per_ms": cost / total_ms}
@@ -521,16 +526,16 @@ def measure_tile_sides(pipe: FluxDinoTilePipeline, preset: Preset, args: argpars
 
 def measure_token_budgets(pipe, plan, preset: Preset, args: argparse.Namespace) -> list[dict]:
     """Time of a step for one tile by the number of text and DINO tokens."""
-    embeds, pooled_embeds = pipe.default_prompt_embeds
+    embeds, _ = pipe.default_prompt_embeds
     token_grid = pipe.dino_projector.config.token_grid
     records = []
     for num_text_tokens, grid in preset.token_budgets:
-        pipe.default_prompt_embeds = (embeds[:, :num_text_tokens], pooled_embeds)
+        pipe.dino_projector.prompt_embeds = embeds[:, :num_text_tokens]
         pipe.dino_projector.register_to_config(token_grid=grid)
         step = measure_step(pipe, plan, 1.0 if grid else 0.0, args.step_repeats, 1.0)
         counts = {"num_tokens": step["num_tokens"], "num_text_tokens": num_text_tokens, "num_dino_tokens": grid**2}
         records.append({**counts, "step_ms": step["ms"]})
-    pipe.default_prompt_embeds = (embeds, pooled_embeds)
+    pipe.dino_projector.prompt_embeds = embeds
     pipe.dino_projector.register_to_config(token_grid=token_grid)
     without = next(record["step_ms"] for record in records if record["num_dino_tokens"] == 0)
     return [{**record, "step_to_no_dino": record["step_ms"] / without} for record in records]

@@ -99,7 +99,6 @@ def add_text_encoders(pipe: FluxDinoTilePipeline, preset: str, device: torch.dev
     torch.set_default_dtype(torch.float32)
     tokenizers = {"tokenizer": character_tokenizer(77), "tokenizer_2": character_tokenizer(512)}
     pipe.register_modules(text_encoder=clip.eval(), text_encoder_2=t5.eval(), **tokenizers)
-    pipe.default_prompt_embeds = None
 
 
 def quantize_nf4(transformer: FluxTransformer2DModel) -> None:
@@ -130,6 +129,7 @@ def measure_run(pipe: FluxDinoTilePipeline, run: tuple, preset: Preset, input_si
     start = synchronized_time(device)
     pipe(
         image=random_picture(input_size),
+        prompt=None if pipe.text_encoder is None else "",
         height=size,
         width=size,
         dino_conditioning_scale=0.6,

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipeline_flux_dino_tile import FluxDinoTilePipeline, transformer_flops
+from flux_dino_tile.plans import transformer_flops
+from pipeline_flux_dino_tile import FluxDinoTilePipeline
 
 
 SMALL = benchmark.PRESETS["small"]
@@ -143,13 +144,14 @@ def test_cudnn_is_set_for_this_transformer_only(pipe):
     assert {processor._attention_backend for processor in other.transformer.attn_processors.values()} == {None}
 
 
-def test_compiled_variant_asks_the_pipeline(monkeypatch, pipe):
-    calls = []
-    monkeypatch.setattr(FluxDinoTilePipeline, "compile_for_upscaling", lambda self: calls.append(self))
+def test_compiled_variant_takes_the_blocks_and_the_vae(monkeypatch):
+    pipe, functions = build_pipeline(SMALL, CPU), []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: functions.append(function) or function)
     benchmark.apply_variant(pipe, "eager")
-    assert calls == []
+    assert functions == []
     benchmark.apply_variant(pipe, "compiled")
-    assert calls == [pipe]
+    blocks = [*pipe.transformer.transformer_blocks, *pipe.transformer.single_transformer_blocks]
+    assert [function.__self__ for function in functions] == [*blocks, pipe.vae.encoder, pipe.vae.decoder]
 
 
 # ---- Arithmetic ----------------------------------------------------------------------------------------------------

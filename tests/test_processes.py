@@ -105,7 +105,9 @@ def test_one_image_is_shared(context, tmp_path, photos, count):
     assert [" -> " in text for text in texts] == [True] + [False] * (count - 1)
 
 
-@pytest.mark.parametrize(("suffix", "more"), [(".png", []), (".tif", ["--vae-residual"])])
+@pytest.mark.parametrize(
+    ("suffix", "more"), [(".png", []), (".tif", ["--vae-residual"]), (".png", ["--skip-flat-tiles", "0.3"])]
+)
 def test_strips_of_one_image_are_shared(context, tmp_path, photos, suffix, more):
     photo, names = photos / "1.png", [tmp_path / f"{name}{suffix}" for name in ("whole", "strips", "shared")]
     assert command_line_alone(context, tmp_path, photo, names[0], *FLUX, *more) == 0

@@ -721,6 +721,7 @@ def last_error(capsys):
 def test_flux_gives_what_the_pipeline_gives(folder, tiny_model):
     import torch
 
+    from flux_dino_tile.color import match_color
     from pipeline_flux_dino_tile import FluxDinoTilePipeline
 
     options = ["--scale", "2", "--prompt", "a dög", "--start-sigma", "0.5", "--seed", "3", "--tile-size", "32"]
@@ -738,8 +739,9 @@ def test_flux_gives_what_the_pipeline_gives(folder, tiny_model):
     assert flux(tiny_model, folder / "photo.png", folder / "out.png", *options) == 0
 
     pipe = FluxDinoTilePipeline.from_pretrained(tiny_model)
+    pipe.load_dino_projector(tiny_model)
     pipe.set_progress_bar_config(disable=True)
-    expected = pipe(
+    output = pipe(
         image=photo(),
         upscale_factor=2,
         prompt="a dög",
@@ -748,10 +750,10 @@ def test_flux_gives_what_the_pipeline_gives(folder, tiny_model):
         tile_size=32,
         tile_overlap=16,
         dino_conditioning_scale=0.5,
-        color_fix="wavelet",
         vae_residual=True,
         generator=torch.Generator().manual_seed(3),
-    ).images[0]
+    )
+    expected = match_color(pipe, output.images, photo(), "wavelet")[0]
     result = Image.open(folder / "out.png")
     assert result.size == (40, 24)
     assert np.abs(np.asarray(result).astype(int) - np.asarray(expected)).max() <= 1
@@ -1020,10 +1022,38 @@ def test_nothing_is_loaded_when_nothing_is_left_to_do(folder, tiny_model, capsys
     assert flux(tiny_model, folder / "text.png") == 1
     photo(size=(250, 250)).save(folder / "large.png")
     assert flux(tiny_model, folder / "large.png", "--tile-overlap", "1600", "--scale", "8") == 1
-    assert "`tile_overlap` 1600 leaves no tile size" in last_error(capsys)
+    assert "`tile_overlap` must be below the tile's 1024 px" in last_error(capsys)
     (folder / "half.png").write_bytes((folder / "photo.png").read_bytes()[:300])
     assert flux(tiny_model, folder / "half.png") == 1
     assert f"{folder / 'half.png'}: cannot be read" in last_error(capsys)
+
+
+def test_flat_tiles_are_skipped_also_with_a_contrast_of_0(folder, tiny_model, monkeypatch):
+    """Four tiles: two of one colour, one of little contrast, one of noise."""
+    from diffusers import FluxTransformer2DModel
+
+    image = Image.new("RGB", (96, 96), (90, 120, 200))
+    image.paste(photo(size=(48, 48)), (48, 48))
+    image.paste(Image.effect_noise((48, 48), 3).convert("RGB"), (0, 48))
+    image.save(folder / "flat.png")
+    calls, forward = [], FluxTransformer2DModel.forward
+    monkeypatch.setattr(
+        FluxTransformer2DModel,
+        "forward",
+        lambda *arguments, **kwargs: calls.append(1) or forward(*arguments, **kwargs),
+    )
+    command = [folder / "flat.png", "-o", folder / "out.png", "--scale", "1", "--overwrite", "--dino-strength", "0"]
+    command += ["--tile-size", "48", "--tile-overlap", "0"]
+    for options, count, contrast in (
+        ([], 4, None),
+        (["--skip-flat-tiles", "0"], 2, 0),
+        (["--skip-flat-tiles"], 2, 0.01),
+        (["--skip-flat-tiles", "0.1"], 1, 0.1),
+    ):
+        calls.clear()
+        assert flux(tiny_model, *command, *options) == 0
+        assert len(calls) == count, options
+        assert settings_of(folder / "out.png").get("skip_flat_tiles") == contrast
 
 
 def set_config(folder, file, **values):
@@ -1045,10 +1075,28 @@ def test_a_prompt_needs_text_encoders(folder, tiny_model, capsys, monkeypatch):
     assert "--prompt needs text encoders, and --model embedded has none" in error
 
 
+@pytest.mark.parametrize("more", [[], ["--plan"]])
+def test_without_text_encoders_the_projector_must_carry_the_empty_prompt(
+    folder, tiny_model, capsys, monkeypatch, more
+):
+    forbid_loading(monkeypatch)
+    model = folder / "model"
+    shutil.copytree(tiny_model, model)
+    set_config(model, "model_index.json", text_encoder_2=[None, None])
+    error = usage_error(capsys, folder / "photo.png", "--use-flux", "--model", model, *more)
+    assert f"--model {model}: has no text encoders, so that it needs a projector that carries the empty" in error
+    set_config(model, "dino_projector/config.json", num_prompt_tokens=64)
+    assert run(folder / "photo.png", "--use-flux", "--model", model, "--plan") == 0
+    # What a projector on the Hub carries is known when it is loaded.
+    shutil.rmtree(model / "dino_projector")
+    assert run(folder / "photo.png", "--use-flux", "--model", model, "--projector", "owner/name", "--plan") == 0
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--prompt", "a dog"], "--prompt needs text encoders, and --model owner/name has none"),
+        (["--text-tokens", "64"], "--model owner/name: has no text encoders, so that it needs a projector"),
         (["--dino-strength", "0.5"], "--dino-strength needs --projector: the model has no DINO projector"),
     ],
 )
@@ -1057,7 +1105,9 @@ def test_what_a_model_from_the_hub_cannot_take_is_wrong_usage_too(folder, capsys
     from tiny_models import tiny_pipeline
 
     pipe = tiny_pipeline()
-    pipe.register_modules(text_encoder=None)
+    if "--dino-strength" not in options:
+        pipe.register_modules(text_encoder=None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(FluxDinoTilePipeline, "from_pretrained", lambda *_arguments, **_options: pipe)
     error = usage_error(capsys, folder / "photo.png", "--use-flux", "--model", "owner/name", *options)
     assert message in error
@@ -1146,7 +1196,7 @@ def test_resume_with_other_settings_fails_and_names_them(interrupted, tiny_model
     assert run(*flux_command(interrupted, tiny_model, "--resume", "--seed", "1", "--prompt", "a dog")) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert "prompt is 'a dog', in the checkpoint None" in error
-    assert "generator is 'seed 1, " in error and "or delete the folder" in error
+    assert "generator is 'seed 1, " in error and "or delete" in error
     assert (interrupted / ".out.png.checkpoint").is_dir() and not (interrupted / "out.png").exists()
 
 
