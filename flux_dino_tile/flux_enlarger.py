@@ -29,7 +29,7 @@ from pipeline_flux_dino_tile import FluxDinoTilePipeline
 from .color import match_color
 from .diagnostics import find_flat_tiles
 from .enlargers import BicubicEnlarger, as_source, has_alpha
-from .image_files import resize_rows
+from .image_files import opaque_colors, resize_rows
 from .messages import first_line, print_line
 from .options import Settings
 from .processes import REMEDY, ProcessError
@@ -82,7 +82,7 @@ class FluxEnlarger:
     def like_source(self, result: Image.Image, image: Image.Image) -> Image.Image:
         """A result in RGB with the colours that the settings ask for, and as grey or transparent as its image."""
         if self.settings.color_fix is not None:
-            result = match_color(self.pipe, [result], image.convert("RGB"), self.settings.color_fix)[0]
+            result = match_color(self.pipe, [result], opaque_colors(image), self.settings.color_fix)[0]
         alpha = BicubicEnlarger().whole(image.getchannel("A"), result.size) if has_alpha(image) else None
         return as_source(result, image, alpha)
 
@@ -146,7 +146,7 @@ class FluxEnlarger:
         """What the pipeline is called with for one image."""
         settings = self.settings
         place: dict[str, Any] = {
-            "image": image.convert("RGB"),
+            "image": opaque_colors(image),
             "width": size[0],
             "height": size[1],
             "tile_size": settings.tile_size,
