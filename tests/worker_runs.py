@@ -177,9 +177,9 @@ def write_in_strips_killed_at_the_end() -> None:
 
 
 def write_in_strips_to_a_small_disk() -> None:
-    """No file of this process gets larger than 8000 bytes."""
+    """No file of this process gets larger than 60,000 bytes."""
     write_in_strips()
-    resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 
 
 def write_slowly() -> None:
