@@ -12,4 +12,4 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The life of a projector: data, degradation, training, validation and checkpoints. Inference needs none of it."""
+"""The life of a projector: its training, comparison with other enlargements, and publishing. Inference needs none."""

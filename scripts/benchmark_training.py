@@ -28,11 +28,11 @@ import train_projector
 from accelerate import Accelerator
 from benchmark import PRESETS, Preset, build_pipeline, describe_machine, save_json, time_calls
 
-from dino_projector.checkpoints import error_line
-from dino_projector.conditioning import Dropout
-from dino_projector.models import freeze, load_transformer
-from dino_projector.steps import InputMaker, NoiseLevels
-from dino_projector.training import ProjectorTrainer
+from dino_projector.training.checkpoints import error_line
+from dino_projector.training.dropout import Dropout
+from dino_projector.training.flow_matching import InputMaker, NoiseLevels
+from dino_projector.training.models import freeze, load_transformer
+from dino_projector.training.trainer import ProjectorTrainer
 from flux_dino_tile.loading import choose_device
 from flux_dino_tile.messages import Parser, UsageError, number
 from pipeline_flux_dino_tile import FluxDinoTilePipeline

@@ -69,9 +69,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 def run_projector(args: argparse.Namespace, sizes) -> dict:
     import train_projector
 
-    from dino_projector.checkpoints import checkpoint_step, list_checkpoints
     from dino_projector.demo_training.assemble import PROJECTOR_RUN_FOLDER, assemble
     from dino_projector.demo_training.projector import projector_arguments
+    from dino_projector.training.checkpoints import checkpoint_step, list_checkpoints
 
     work, photos = Path(args.work), Path(args.photos)
     workers = max(0, (os.cpu_count() or 1) - 2) if args.workers is None else args.workers
@@ -135,7 +135,7 @@ def run_evaluation(args: argparse.Namespace, sizes, device) -> dict:
     from dino_projector.demo_training.assemble import CHECKPOINT_FOLDER
     from dino_projector.demo_training.evaluate import evaluate, format_table
     from dino_projector.metrics import Judge
-    from dino_projector.models import PROJECTOR_FOLDER
+    from dino_projector.training.models import PROJECTOR_FOLDER
 
     work, folder = Path(args.work), Path(args.photos, "held_out")
     checkpoint = work / CHECKPOINT_FOLDER

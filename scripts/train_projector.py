@@ -242,7 +242,7 @@ def fill_in_defaults(args: argparse.Namespace) -> None:
     """The options whose defaults depend on machine and run."""
     import torch
 
-    from dino_projector.checkpoints import list_checkpoints
+    from dino_projector.training.checkpoints import list_checkpoints
 
     check_package("torchdata", "training")
     on_cpu = args.cpu or not torch.cuda.is_available()
@@ -300,9 +300,9 @@ def main(argv: list[str] | None = None) -> int:
         say_error(str(error))
         return 2
 
-    from dino_projector.checkpoints import WRITE_ERRORS, error_line
-    from dino_projector.run import train
-    from dino_projector.training import TrainingError
+    from dino_projector.training.checkpoints import WRITE_ERRORS, error_line
+    from dino_projector.training.run import train
+    from dino_projector.training.trainer import TrainingError
 
     hide_loading_bars()
     warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata's, on newer PyTorch

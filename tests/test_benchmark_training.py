@@ -8,7 +8,7 @@ import torch
 import train_projector
 from accelerate import Accelerator
 
-from dino_projector.models import load_transformer
+from dino_projector.training.models import load_transformer
 from tiny_models import tiny_transformer
 
 

@@ -1,4 +1,4 @@
-"""`dino_projector/data.py`: sources, crops and the place in the stream that a run can go on from."""
+"""`dino_projector/training/sources.py`: sources, crops and the place in the stream that a run can go on from."""
 
 import json
 from io import BytesIO
@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from dino_projector import data
-from dino_projector.data import (
+from dino_projector.training import sources
+from dino_projector.training.sources import (
     Crop,
     ImageFolder,
     ListedDataset,
@@ -205,7 +205,7 @@ def test_more_readers_than_shards_are_refused(shards, dataset_folder, kind):
 def test_readers_share_the_sequence_of_a_listed_source(count, parts, start):
     """Taken turn by turn, the readers' pictures are those of a single reader."""
 
-    class Numbers(data.ListedSource):
+    class Numbers(sources.ListedSource):
         def __len__(self):
             return count
 

@@ -1,4 +1,4 @@
-"""`dino_projector/degradation.py`: what is drawn lies in the published ranges, and each part does what it says."""
+"""Degradation: what is drawn lies in the published ranges, and each part does what its name promises."""
 
 import math
 from collections import Counter
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 
-from dino_projector.degradation import (
+from dino_projector.training.degradation import (
     BLURS,
     DEGRADATIONS,
     Blur,

@@ -29,7 +29,6 @@ from training_runs import save_photos
 from worker_runs import exit_codes, make_context, outputs, start_ranks
 
 from dino_projector import metrics
-from dino_projector.data import sample_rng
 from dino_projector.demo_training import stages, vae
 from dino_projector.demo_training.assemble import CHECKPOINT_FOLDER, assemble, check_sizes
 from dino_projector.demo_training.captions import Language, describe_squares, place_codes
@@ -47,7 +46,8 @@ from dino_projector.demo_training.flux import FluxStage, draw_sigmas, lead_from_
 from dino_projector.demo_training.sizes import SIZES, count_weights, make_dino, make_transformer, make_vae
 from dino_projector.demo_training.stages import load_shards, run_stage, save_shards, update_average
 from dino_projector.demo_training.vae import DecoderStage, VaeStage
-from dino_projector.steps import StepInputs
+from dino_projector.training.flow_matching import StepInputs
+from dino_projector.training.sources import sample_rng
 from pipeline_flux_dino_tile import DinoProjector, FluxDinoTilePipeline, seam_ratio
 
 

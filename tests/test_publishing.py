@@ -20,12 +20,12 @@ from huggingface_hub import HfApi, ModelCard
 from PIL import Image
 
 from dino_projector.comparison.statistics import summarize
-from dino_projector.models import save_result
 from dino_projector.publishing.assemble import Contents, assemble, find_licence, list_tree
 from dino_projector.publishing.card import read_report
 from dino_projector.publishing.hub import PublishError, Target, compare, explain, publish
 from dino_projector.publishing.licences import APACHE, DINOV3, FLUX_DEV
 from dino_projector.publishing.trial import try_out
+from dino_projector.training.models import save_result
 from hub_server import HubServer, list_files
 from pipeline_flux_dino_tile import PromptBranch, load_prompt_embeds
 from tiny_models import JOINT_ATTENTION_DIM, POOLED_DIM, ROOT, tiny_pipeline

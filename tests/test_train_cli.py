@@ -21,9 +21,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torchdata.stateful_dataloader import StatefulDataLoader
 from training_runs import arguments, save_model, save_photos, start
 
-from dino_projector.checkpoints import error_line, find_checkpoint, list_checkpoints, replace_folder, save_checkpoint
-from dino_projector.data import ImageFolder, SampleStream, Sampling
-from dino_projector.degradation import DEGRADATIONS
+from dino_projector.training.checkpoints import (
+    error_line,
+    find_checkpoint,
+    list_checkpoints,
+    replace_folder,
+    save_checkpoint,
+)
+from dino_projector.training.degradation import DEGRADATIONS
+from dino_projector.training.sources import ImageFolder, SampleStream, Sampling
 from tiny_models import ROOT
 
 

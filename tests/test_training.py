@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 from training_runs import arguments, parse, save_model, save_photos, start
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from dino_projector import run
-from dino_projector.cache import (
+from dino_projector.training import run
+from dino_projector.training.cache import (
     EmptyPrompt,
     TensorCache,
     TextEmbeddings,
@@ -31,12 +31,12 @@ from dino_projector.cache import (
     model_fingerprint,
     text_fingerprint,
 )
-from dino_projector.conditioning import Dropout, draw_caption, draw_log_scale
-from dino_projector.data import sample_rng
-from dino_projector.models import ReduxTeacher, distillation_loss, match_token_rms
-from dino_projector.steps import NoiseLevels, StepInputs, denoising_losses, draw_sigma, project_tokens
-from dino_projector.training import TrainingError
-from dino_projector.validation import bin_centers, log_strips, summarize, upscale_examples, validation_losses
+from dino_projector.training.dropout import Dropout, draw_caption, draw_log_scale
+from dino_projector.training.flow_matching import NoiseLevels, StepInputs, denoising_losses, draw_sigma, project_tokens
+from dino_projector.training.models import ReduxTeacher, distillation_loss, match_token_rms
+from dino_projector.training.sources import sample_rng
+from dino_projector.training.trainer import TrainingError
+from dino_projector.training.validation import bin_centers, log_strips, summarize, upscale_examples, validation_losses
 from pipeline_flux_dino_tile import FluxDinoTilePipeline
 from tiny_models import JOINT_ATTENTION_DIM, tiny_pipeline
 

@@ -81,7 +81,7 @@ def parse(*argv) -> object:
 
 def start(*argv):
     """Trainer, loader and arguments, as `train` would have them."""
-    from dino_projector.run import start_run
+    from dino_projector.training.run import start_run
 
     args = parse(*argv)
     torch.manual_seed(0)

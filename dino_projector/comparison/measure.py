@@ -23,8 +23,8 @@ from PIL import Image
 
 from pipeline_flux_dino_tile import TilePlan, seam_ratio
 
-from ..data import to_bytes
 from ..metrics import color_drift, gradient_energy, grid_ratio, low_res_psnr, psnr_y, shrink, ssim_y
+from ..training.sources import to_bytes
 
 
 class Metric(NamedTuple):

@@ -32,10 +32,10 @@ import pipeline_flux_dino_tile
 from flux_dino_tile.embedded import locate_model
 from pipeline_flux_dino_tile import DEFAULT_TILE_OVERLAP
 
-from ..checkpoints import replace_folder
-from ..data import Record, find_pictures, read_picture, report_skipped, sample_rng
-from ..degradation import degrade
 from ..metrics import overlap_disagreement
+from ..training.checkpoints import replace_folder
+from ..training.degradation import degrade
+from ..training.sources import Record, find_pictures, read_picture, report_skipped, sample_rng
 from . import ABLATIONS
 from .baselines import enlarge
 from .measure import measure
@@ -131,7 +131,8 @@ def load_samples(
     Args:
         scale (`float`): Of the enlargement.
         degradation (`str`, *optional*):
-            Makes a small picture of each, see `dino_projector.degradation`. `None` takes them as small pictures.
+            Makes a small picture of each, see [`~dino_projector.training.degradation.degrade`]. `None` takes them as
+            small pictures.
         side (`int`, *optional*): Cuts a square out of the middle and shrinks it to this side in pixels first.
         seed (`int`): Of the degradation.
         limit (`int`, *optional*): At most so many.

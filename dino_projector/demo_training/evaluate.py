@@ -27,9 +27,9 @@ from PIL import Image
 from pipeline_flux_dino_tile import FluxDinoTilePipeline, seam_ratio
 
 from ..comparison.baselines import enlarge
-from ..data import ImageFolder, Sampling, first_pairs, to_bytes
 from ..metrics import Interval, bootstrap_mean, gradient_energy, grid_ratio, is_monotone, psnr
-from ..validation import CONDITIONS, bin_centers, example_losses, make_examples
+from ..training.sources import ImageFolder, Sampling, first_pairs, to_bytes
+from ..training.validation import CONDITIONS, bin_centers, example_losses, make_examples
 from .crops import center_crop, load_photos
 from .projector import SIGMA_MAX, SIGMA_MIN
 

@@ -38,7 +38,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 
 from pipeline_flux_dino_tile import DinoProjector, DinoTokens, FluxDinoTilePipeline
 
-from ..steps import StepInputs, denoising_losses
+from ..training.flow_matching import StepInputs, denoising_losses
 from .captions import Language
 from .crops import center_crop, degrade_crops, device_generator, draw_crops
 from .sizes import PIXELS_PER_TOKEN, Sizes, make_transformer

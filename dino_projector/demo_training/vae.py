@@ -29,8 +29,8 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
-from ..data import sample_rng
 from ..metrics import edges, gradient_energy, psnr
+from ..training.sources import sample_rng
 from .crops import center_crop, device_generator, draw_crops
 from .sizes import Sizes, make_vae
 from .stages import (

@@ -28,8 +28,8 @@ from safetensors.torch import save_file
 import pipeline_flux_dino_tile
 from pipeline_flux_dino_tile import MODULE_NAME, PROMPT_EMBEDS_NAME, DinoProjector
 
-from ..cache import TensorCache, TextEmbeddings
-from ..models import (
+from ..training.cache import TensorCache, TextEmbeddings
+from ..training.models import (
     ENCODER_FOLDER,
     FACTS_NAME,
     PROJECTOR_FOLDER,

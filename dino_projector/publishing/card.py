@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..validation import CONDITIONS
+from ..training.validation import CONDITIONS
 
 
 TAGS = ["flux", "dino", "super-resolution", "upscaling", "image-to-image", "flux-dino-tile"]

@@ -29,7 +29,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from ..checkpoints import error_line
+from ..training.checkpoints import error_line
 
 
 # The base of all errors of the client's HTTP library, which is another in huggingface-hub 1 and 2.

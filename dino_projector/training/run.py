@@ -41,19 +41,8 @@ from .checkpoints import (
     replace_folder,
     save_checkpoint,
 )
-from .conditioning import Dropout
-from .data import (
-    ImageFolder,
-    ListedSource,
-    SampleStream,
-    Sampling,
-    Shards,
-    Source,
-    check_shards,
-    first_pairs,
-    open_dataset,
-    to_bytes,
-)
+from .dropout import Dropout
+from .flow_matching import InputMaker, NoiseLevels
 from .models import (
     PROJECTOR_FOLDER,
     ReduxTeacher,
@@ -65,8 +54,19 @@ from .models import (
     match_token_rms,
     save_result,
 )
-from .steps import InputMaker, NoiseLevels
-from .training import ProjectorTrainer, average_gradients
+from .sources import (
+    ImageFolder,
+    ListedSource,
+    SampleStream,
+    Sampling,
+    Shards,
+    Source,
+    check_shards,
+    first_pairs,
+    open_dataset,
+    to_bytes,
+)
+from .trainer import ProjectorTrainer, average_gradients
 from .validation import (
     bin_centers,
     format_losses,

@@ -25,8 +25,8 @@ from PIL import Image
 from pipeline_flux_dino_tile import DinoTokens, FluxDinoTilePipeline, PromptBranch, TilePlan
 
 from .cache import TensorCache, cache_key
-from .conditioning import Dropout, draw_caption, draw_log_scale
-from .data import sample_rng, to_bytes
+from .dropout import Dropout, draw_caption, draw_log_scale
+from .sources import sample_rng, to_bytes
 
 
 class NoiseLevels(NamedTuple):

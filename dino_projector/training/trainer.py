@@ -27,7 +27,7 @@ from diffusers.training_utils import EMAModel
 
 from pipeline_flux_dino_tile import FluxDinoTilePipeline
 
-from .steps import InputMaker, denoising_losses, project_tokens
+from .flow_matching import InputMaker, denoising_losses, project_tokens
 
 
 class TrainingError(Exception):
