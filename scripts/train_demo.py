@@ -134,8 +134,8 @@ def run_evaluation(args: argparse.Namespace, sizes, device) -> dict:
     check_package("efficientnet_lite_pytorch", "the stage evaluate")
     from dino_projector.demo_training.assemble import CHECKPOINT_FOLDER
     from dino_projector.demo_training.evaluate import evaluate, format_table
+    from dino_projector.folders import PROJECTOR_FOLDER
     from dino_projector.metrics import Judge
-    from dino_projector.training.models import PROJECTOR_FOLDER
 
     work, folder = Path(args.work), Path(args.photos, "held_out")
     checkpoint = work / CHECKPOINT_FOLDER

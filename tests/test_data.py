@@ -1,4 +1,4 @@
-"""`dino_projector/training/sources.py`: sources, crops and the place in the stream that a run can go on from."""
+"""Sources, samples and the place in the stream that a run can go on from."""
 
 import json
 from io import BytesIO
@@ -16,24 +16,24 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from dino_projector.pictures import Record, read_picture, to_bytes
 from dino_projector.training import sources
-from dino_projector.training.sources import (
+from dino_projector.training.samples import (
     Crop,
-    ImageFolder,
-    ListedDataset,
-    Record,
     SampleStream,
     Sampling,
-    Shards,
-    StreamedDataset,
-    check_shards,
-    cut,
+    crop_with_margin,
     draw_crop,
     first_pairs,
     make_pair,
+)
+from dino_projector.training.sources import (
+    ImageFolder,
+    ListedDataset,
+    Shards,
+    StreamedDataset,
+    check_shards,
     open_dataset,
-    read_picture,
-    to_bytes,
 )
 from tiny_models import ROOT, tiny_pipeline
 
@@ -125,6 +125,47 @@ def test_metadata_must_be_json_lines(tmp_path):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png"}\n{"name": 3}\n')
     with pytest.raises(ValueError, match=r"metadata\.jsonl, line 2: no JSON object with a `file_name`"):
         ImageFolder(tmp_path, 0)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_captions_are_utf_8_with_and_without_a_byte_order_mark(tmp_path, encoding):
+    for name in ("a.png", "b.png", "c.png"):
+        photo().save(tmp_path / name)
+    (tmp_path / "a.txt").write_text("ein Hündchen\n", encoding=encoding)
+    # A blank line, and a separator that is a line's end to Python only.
+    rows = [{"file_name": "b.png", "text": "two\u2028dogs"}, None, {"file_name": "c.png", "text": "three"}]
+    lines = ["" if row is None else json.dumps(row, ensure_ascii=False) for row in rows]
+    (tmp_path / "metadata.jsonl").write_text("\n".join([*lines, "", ""]), encoding=encoding)
+    assert ImageFolder(tmp_path, 0).captions() == ["ein Hündchen", "two\u2028dogs", "three"]
+    with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
+        caption = (tmp_path / "a.txt").read_bytes()
+        writer.write({"__key__": "a", "png": (tmp_path / "a.png").read_bytes(), "txt": caption})
+    (record,) = Shards(str(tmp_path / "a.tar"), 0).epoch_records(0, 0, 1, 0)
+    assert record.caption == "ein Hündchen"
+
+
+def test_metadata_of_another_encoding_is_refused(tmp_path):
+    photo().save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png"}', encoding="utf-16")
+    with pytest.raises(ValueError, match=r"metadata\.jsonl: must be UTF-8"):
+        ImageFolder(tmp_path, 0)
+
+
+def test_a_photo_counts_once_however_many_links_lead_to_it(tmp_path):
+    root, elsewhere = tmp_path / "photos", tmp_path / "elsewhere"
+    for path in (root / "a.png", root / "in" / "b.png", elsewhere / "c.png"):
+        path.parent.mkdir(exist_ok=True)
+        photo().save(path)
+    (elsewhere / "metadata.jsonl").write_text('{"file_name": "c.png", "text": "three dogs"}\n')
+    (root / "self").symlink_to(".")
+    (root / "in" / "up").symlink_to(root)
+    (root / "again").symlink_to("in")
+    (root / "a_too.png").symlink_to("a.png")
+    for name in ("first", "second"):
+        (root / name).symlink_to(elsewhere)
+    source = ImageFolder(root, 0)
+    assert [str(path.relative_to(root)) for path in source.paths] == ["a.png", "first/c.png", "in/b.png"]
+    assert source.captions() == ["", "three dogs", ""]
 
 
 def test_folder_without_pictures_is_refused(tmp_path):
@@ -285,9 +326,9 @@ def test_scales_and_flips_vary():
 
 @pytest.mark.parametrize("is_flipped", [False, True])
 @pytest.mark.parametrize(("left", "top"), [(0, 0), (20, 30), (56, 36)])
-def test_cut_is_the_crop_of_the_shrunk_picture(left, top, is_flipped):
+def test_a_crop_with_a_margin_is_that_of_the_shrunk_picture(left, top, is_flipped):
     picture = photo()
-    region, (x, y) = cut(picture, Crop(1.0, left, top, is_flipped), 64, 16)
+    region, (x, y) = crop_with_margin(picture, Crop(1.0, left, top, is_flipped), 64, 16)
     wanted = picture.crop((left, top, left + 64, top + 64))
     if is_flipped:
         wanted = wanted.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -328,7 +369,7 @@ def test_a_pair_is_a_tile_of_the_enlarged_picture_and_the_same_place_sharp(seed)
     sampling = Sampling(64, (2.0, 2.0), ("bicubic",), random_flip=True)
     record, rngs = Record("", file.getvalue(), ""), [np.random.default_rng(seed) for _ in range(3)]
     pair = make_pair(record, sampling, PROCESSOR, rngs[0], rngs[1])
-    region, (left, top) = cut(picture, draw_crop(picture.size, sampling, rngs[2]), 64, sampling.margin)
+    region, (left, top) = crop_with_margin(picture, draw_crop(picture.size, sampling, rngs[2]), 64, sampling.margin)
     whole = PROCESSOR.resize(pair.small, region.height, region.width)
     assert pair.degraded.tobytes() == whole.crop((left, top, left + 64, top + 64)).tobytes()
     sharp, degraded = (np.asarray(item).astype(float) for item in (pair.sharp, pair.degraded))
@@ -339,7 +380,7 @@ def test_a_pair_is_a_tile_of_the_enlarged_picture_and_the_same_place_sharp(seed)
 def test_a_crop_sees_what_lies_around_it():
     """Enlarging a whole picture and cutting a tile is not the same as enlarging the tile alone."""
     image = Image.open(ROOT / "samples" / "photo.jpg").convert("RGB")
-    region, (x, y) = cut(image, Crop(1.0, 80, 90, False), 64, 32)
+    region, (x, y) = crop_with_margin(image, Crop(1.0, 80, 90, False), 64, 32)
     small = region.resize((region.width // 4, region.height // 4), Image.Resampling.BICUBIC)
     box = (x, y, x + 64, y + 64)
     whole = np.asarray(PROCESSOR.resize(small, region.height, region.width).crop(box)).astype(int)

@@ -15,8 +15,9 @@ from PIL import Image
 
 from dino_projector.demo_training import evaluate
 from dino_projector.demo_training.assemble import check_sizes
-from dino_projector.demo_training.evaluate import load_checkpoint, to_pixels, velocity_losses
+from dino_projector.demo_training.evaluate import load_checkpoint, velocity_losses
 from dino_projector.metrics import gradient_energy, is_monotone, psnr
+from dino_projector.pictures import to_pixels
 from flux_dino_tile import upscale
 from flux_dino_tile.embedded import DEMO_FOLDER, EMBEDDED
 from tiny_models import ROOT

@@ -47,7 +47,7 @@ from dino_projector.demo_training.sizes import SIZES, count_weights, make_dino, 
 from dino_projector.demo_training.stages import load_shards, run_stage, save_shards, update_average
 from dino_projector.demo_training.vae import DecoderStage, VaeStage
 from dino_projector.training.flow_matching import StepInputs
-from dino_projector.training.sources import sample_rng
+from dino_projector.training.samples import sample_rng
 from pipeline_flux_dino_tile import DinoProjector, FluxDinoTilePipeline, seam_ratio
 
 

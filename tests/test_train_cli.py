@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import multiprocessing
 import os
 import resource
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import datasets
 import pytest
@@ -21,15 +23,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torchdata.stateful_dataloader import StatefulDataLoader
 from training_runs import arguments, save_model, save_photos, start
 
-from dino_projector.training.checkpoints import (
-    error_line,
-    find_checkpoint,
-    list_checkpoints,
-    replace_folder,
-    save_checkpoint,
-)
+from dino_projector.folders import replace_folder
+from dino_projector.training.checkpoints import error_line, find_checkpoint, list_checkpoints, save_checkpoint
 from dino_projector.training.degradation import DEGRADATIONS
-from dino_projector.training.sources import ImageFolder, SampleStream, Sampling
+from dino_projector.training.samples import SampleStream, Sampling
+from dino_projector.training.sources import ImageFolder
 from tiny_models import ROOT
 
 
@@ -357,6 +355,48 @@ def test_a_failed_replacement_keeps_the_old_folder(tmp_path):
     with pytest.raises(OSError, match="full"):
         replace_folder(tmp_path / "final", lambda folder: (_ for _ in ()).throw(OSError("full")))
     assert (tmp_path / "final" / "a").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("kills", [False, True])
+def test_a_replacement_that_ends_between_its_renames_keeps_the_old_folder(tmp_path, monkeypatch, kills):
+    """Whether the second rename fails, or the process is killed before it."""
+    target, rename = tmp_path / "final", os.replace
+    replace_folder(target, lambda folder: (folder / "a").write_text("old"))
+
+    def rename_the_old_one_only(source, destination):
+        if Path(source).name != ".final.tmp":
+            return rename(source, destination)
+        if kills:
+            os._exit(9)
+        raise OSError("no more renames")
+
+    def replace():
+        os.replace = rename_the_old_one_only
+        replace_folder(target, lambda folder: (folder / "a").write_text("new"))
+
+    if kills:
+        process = multiprocessing.get_context("fork").Process(target=replace)
+        process.start()
+        process.join()
+        assert process.exitcode == 9
+        # What follows fails too, but has put the old folder back.
+        with pytest.raises(OSError, match="full"):
+            replace_folder(target, lambda folder: (_ for _ in ()).throw(OSError("full")))
+    else:
+        monkeypatch.setattr(os, "replace", rename_the_old_one_only)
+        with pytest.raises(OSError, match="no more renames"):
+            replace_folder(target, lambda folder: (folder / "a").write_text("new"))
+        monkeypatch.undo()
+    assert (target / "a").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+    replace_folder(target, lambda folder: (folder / "a").write_text("new"))
+    assert (target / "a").read_text() == "new" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_linked_folder_is_replaced_where_it_lies(tmp_path):
+    (tmp_path / "large_disk").mkdir()
+    (tmp_path / "final").symlink_to("large_disk")
+    replace_folder(tmp_path / "final", lambda folder: (folder / "a").write_text("new"))
+    assert (tmp_path / "final").is_symlink() and (tmp_path / "large_disk" / "a").read_text() == "new"
 
 
 # ---- Processes -----------------------------------------------------------------------------------------------------

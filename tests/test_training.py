@@ -34,7 +34,7 @@ from dino_projector.training.cache import (
 from dino_projector.training.dropout import Dropout, draw_caption, draw_log_scale
 from dino_projector.training.flow_matching import NoiseLevels, StepInputs, denoising_losses, draw_sigma, project_tokens
 from dino_projector.training.models import ReduxTeacher, distillation_loss, match_token_rms
-from dino_projector.training.sources import sample_rng
+from dino_projector.training.samples import sample_rng
 from dino_projector.training.trainer import TrainingError
 from dino_projector.training.validation import bin_centers, log_strips, summarize, upscale_examples, validation_losses
 from pipeline_flux_dino_tile import FluxDinoTilePipeline

@@ -24,7 +24,7 @@ from PIL import Image
 from pipeline_flux_dino_tile import TilePlan, seam_ratio
 
 from ..metrics import color_drift, gradient_energy, grid_ratio, low_res_psnr, psnr_y, shrink, ssim_y
-from ..training.sources import to_bytes
+from ..pictures import to_pixels
 
 
 class Metric(NamedTuple):
@@ -57,11 +57,6 @@ METRICS = {
     "sharpness": Metric("sharpness", "1", 3, "gradient energy against the reference's"),
     "seconds": Metric("seconds", "lower", 2, "without encoding by DINO"),
 }
-
-
-def to_pixels(picture: Image.Image) -> torch.Tensor:
-    """`(1, 3, height, width)` in [-1, 1]."""
-    return to_bytes(picture)[None].float() / 127.5 - 1
 
 
 def measure_pixels(images: torch.Tensor, small: torch.Tensor, reference, judges: dict[str, Callable]) -> dict:

@@ -32,10 +32,11 @@ import pipeline_flux_dino_tile
 from flux_dino_tile.embedded import locate_model
 from pipeline_flux_dino_tile import DEFAULT_TILE_OVERLAP
 
+from ..folders import replace_folder
 from ..metrics import overlap_disagreement
-from ..training.checkpoints import replace_folder
+from ..pictures import Record, find_pictures, read_picture, report_skipped
 from ..training.degradation import degrade
-from ..training.sources import Record, find_pictures, read_picture, report_skipped, sample_rng
+from ..training.samples import sample_rng
 from . import ABLATIONS
 from .baselines import enlarge
 from .measure import measure

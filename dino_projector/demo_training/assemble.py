@@ -22,8 +22,8 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel
 
 from pipeline_flux_dino_tile import MODULE_NAME, PROMPT_EMBEDS_NAME, DinoProjector
 
-from ..training.checkpoints import list_checkpoints, replace_folder
-from ..training.models import ENCODER_FOLDER, PROJECTOR_FOLDER, forget_origin
+from ..folders import ENCODER_FOLDER, PROJECTOR_FOLDER, forget_origin, replace_folder
+from ..training.checkpoints import list_checkpoints
 from .flux import make_pipeline
 from .stages import MAX_SHARD_SIZE, find_trained
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..training.sources import Record, find_pictures, read_picture, to_bytes
+from ..pictures import Record, find_pictures, read_picture, to_bytes
 
 
 GAMMA_SPREAD = 0.3  # of the logarithm

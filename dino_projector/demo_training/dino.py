@@ -35,7 +35,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from pipeline_flux_dino_tile import feature_spread
 
-from ..training.sources import sample_rng
+from ..training.samples import sample_rng
 from .captions import NUM_LOOKS, describe_squares
 from .crops import center_crop, degrade_crops, draw_crops
 from .sizes import PATCH_SIZE, PIXELS_PER_TOKEN, make_dino

@@ -28,7 +28,9 @@ from pipeline_flux_dino_tile import FluxDinoTilePipeline, seam_ratio
 
 from ..comparison.baselines import enlarge
 from ..metrics import Interval, bootstrap_mean, gradient_energy, grid_ratio, is_monotone, psnr
-from ..training.sources import ImageFolder, Sampling, first_pairs, to_bytes
+from ..pictures import to_pixels
+from ..training.samples import Sampling, first_pairs
+from ..training.sources import ImageFolder
 from ..training.validation import CONDITIONS, bin_centers, example_losses, make_examples
 from .crops import center_crop, load_photos
 from .projector import SIGMA_MAX, SIGMA_MIN
@@ -52,10 +54,6 @@ def load_checkpoint(folder: Path, device: torch.device) -> FluxDinoTilePipeline:
 def to_picture(pixels: torch.Tensor) -> Image.Image:
     """A `(1, 3, height, width)` tensor in [-1, 1]."""
     return Image.fromarray(((pixels[0].permute(1, 2, 0) + 1) * 127.5).round().byte().cpu().numpy())
-
-
-def to_pixels(picture: Image.Image) -> torch.Tensor:
-    return to_bytes(picture)[None].float() / 127.5 - 1
 
 
 class Upscaled:

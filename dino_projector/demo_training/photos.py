@@ -27,7 +27,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from ..training.sources import Record, read_picture
+from ..pictures import Record, read_picture
 
 
 MANIFEST = Path(__file__).with_name("photos.json")

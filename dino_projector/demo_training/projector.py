@@ -16,7 +16,7 @@
 
 from pathlib import Path
 
-from ..training.models import ENCODER_FOLDER
+from ..folders import ENCODER_FOLDER
 from .assemble import PROJECTOR_RUN_FOLDER
 from .captions import EMPTY_PROMPT_TOKENS
 from .sizes import Sizes

@@ -27,8 +27,8 @@ from accelerate import PartialState
 from accelerate.utils import broadcast, reduce
 from safetensors.torch import load_file, save_file
 
-from ..training.checkpoints import replace_folder
-from ..training.sources import sample_rng
+from ..folders import replace_folder
+from ..training.samples import sample_rng
 from ..training.trainer import average_gradients, avoid_cudnn_attention
 from .crops import make_pyramid
 from .sizes import Sizes

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
 from ..metrics import edges, gradient_energy, psnr
-from ..training.sources import sample_rng
+from ..training.samples import sample_rng
 from .crops import center_crop, device_generator, draw_crops
 from .sizes import Sizes, make_vae
 from .stages import (

@@ -28,15 +28,9 @@ from safetensors.torch import save_file
 import pipeline_flux_dino_tile
 from pipeline_flux_dino_tile import MODULE_NAME, PROMPT_EMBEDS_NAME, DinoProjector
 
+from ..folders import ENCODER_FOLDER, FACTS_NAME, PROJECTOR_FOLDER, forget_origin
 from ..training.cache import TensorCache, TextEmbeddings
-from ..training.models import (
-    ENCODER_FOLDER,
-    FACTS_NAME,
-    PROJECTOR_FOLDER,
-    forget_origin,
-    load_default_text_tokens,
-    load_text_pipeline,
-)
+from ..training.models import load_default_text_tokens, load_text_pipeline
 from .card import make_card, read_report, validation_table
 from .licences import APACHE, DINOV3, FLUX_DEV, FLUX_DEV_NOTICE, Licence, choose_licence, model_licence
 

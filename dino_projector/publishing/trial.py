@@ -27,7 +27,7 @@ from pipeline_flux_dino_tile import PROMPT_EMBEDS_NAME, DinoProjector, load_prom
 
 from ..demo_training.flux import make_pipeline
 from ..demo_training.sizes import POOLED_DIM, SIZES, make_transformer, make_vae
-from ..training.models import PROJECTOR_FOLDER
+from ..folders import PROJECTOR_FOLDER
 from .assemble import is_complete
 
 

@@ -14,13 +14,14 @@
 
 """Checkpoints that appear whole or not at all, and of which only old ones are deleted."""
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+
+from ..folders import replace_folder
 
 
 PREFIX = "checkpoint-"
@@ -46,19 +47,6 @@ def find_checkpoint(output_dir: str | Path, wanted: str) -> Path | None:
     if not (Path(wanted) / STATE_NAME).is_file():
         raise ValueError(f"--resume_from_checkpoint {wanted}: the folder has no {STATE_NAME}")
     return Path(wanted)
-
-
-def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
-    """Lets `write` fill a folder beside `target` and renames it; if that fails, `target` is as it was."""
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
-        write(temporary)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def save_checkpoint(

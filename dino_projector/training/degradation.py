@@ -13,7 +13,7 @@
 # limitations under the License.
 
 """
-Makes the small, worn pictures that training starts from, out of sharp ones.
+Makes the small, degraded pictures that training starts from, out of sharp ones.
 
 "mild" and "strong" are the second-order degradation of Real-ESRGAN (arXiv 2107.10833): twice blur, resize, noise and
 JPEG, then a sinc filter. "strong" has that paper's ranges, "mild" those of SeeSR (arXiv 2311.16518). Unlike there, the
@@ -231,7 +231,7 @@ def to_picture(image: torch.Tensor) -> Image.Image:
 
 def degrade(picture: Image.Image, size: tuple[int, int], kind: str, rng: np.random.Generator) -> Image.Image:
     """
-    Makes a small, worn version of a sharp RGB picture.
+    Makes a small, degraded version of a sharp RGB picture.
 
     Args:
         size (`tuple[int, int]`): Width and height of the result in pixels.

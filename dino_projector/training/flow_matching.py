@@ -24,9 +24,10 @@ from PIL import Image
 
 from pipeline_flux_dino_tile import DinoTokens, FluxDinoTilePipeline, PromptBranch, TilePlan
 
+from ..pictures import to_bytes
 from .cache import TensorCache, cache_key
 from .dropout import Dropout, draw_caption, draw_log_scale
-from .sources import sample_rng, to_bytes
+from .samples import sample_rng
 
 
 class NoiseLevels(NamedTuple):

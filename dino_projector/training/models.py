@@ -37,17 +37,7 @@ from pipeline_flux_dino_tile import (
     default_text_tokens,
 )
 
-
-PROJECTOR_FOLDER = "dino_projector"
-ENCODER_FOLDER = "dino_encoder"
-FACTS_NAME = "training.json"
-
-
-def forget_origin(path: Path) -> None:
-    """Takes the folder that a model was loaded from out of its config; it means nothing elsewhere."""
-    config = json.loads(path.read_text())
-    if config.pop("_name_or_path", None) is not None:
-        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+from ..folders import ENCODER_FOLDER, FACTS_NAME, PROJECTOR_FOLDER
 
 
 def load_transformer(name: str, dtype: torch.dtype, quantization_config: Any, **options) -> FluxTransformer2DModel:

@@ -32,19 +32,13 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from pipeline_flux_dino_tile import FluxDinoTilePipeline, load_prompt_embeds
 
+from ..folders import PROJECTOR_FOLDER, replace_folder
+from ..pictures import to_bytes
 from .cache import EmptyPrompt, TensorCache, TextEmbeddings, cache_key, model_fingerprint, text_fingerprint
-from .checkpoints import (
-    checkpoint_step,
-    find_checkpoint,
-    list_checkpoints,
-    load_checkpoint,
-    replace_folder,
-    save_checkpoint,
-)
+from .checkpoints import checkpoint_step, find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from .dropout import Dropout
 from .flow_matching import InputMaker, NoiseLevels
 from .models import (
-    PROJECTOR_FOLDER,
     ReduxTeacher,
     distillation_loss,
     library_versions,
@@ -54,18 +48,8 @@ from .models import (
     match_token_rms,
     save_result,
 )
-from .sources import (
-    ImageFolder,
-    ListedSource,
-    SampleStream,
-    Sampling,
-    Shards,
-    Source,
-    check_shards,
-    first_pairs,
-    open_dataset,
-    to_bytes,
-)
+from .samples import SampleStream, Sampling, first_pairs
+from .sources import ImageFolder, ListedSource, Shards, Source, check_shards, open_dataset
 from .trainer import ProjectorTrainer, average_gradients
 from .validation import (
     bin_centers,

@@ -30,7 +30,7 @@ from PIL import Image
 from pipeline_flux_dino_tile import FluxDinoTilePipeline, PromptBranch, TilePlan
 
 from .flow_matching import StepInputs, denoising_losses, encode_pairs, standard_normal
-from .sources import Pair, sample_rng
+from .samples import Pair, sample_rng
 
 
 CONDITIONS = ("with_tokens", "without_tokens", "other_tokens")
