@@ -25,6 +25,7 @@ from urllib.parse import urlparse
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.stats import bootstrap
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from pipeline_flux_dino_tile import TilePlan, line_steps, low_frequencies
@@ -127,10 +128,15 @@ class Interval(NamedTuple):
 
 
 def bootstrap_mean(values: Sequence[float] | np.ndarray, seed: int = 0) -> Interval:
-    """Resamples the values, which must be independent: one for each photo, not for each crop."""
+    """
+    Resamples the values, which must be independent: one for each photo, not for each crop. The interval is the
+    percentile one, for BCa's is not defined where all values are equal.
+    """
     samples = np.asarray(values, dtype=np.float64)
-    draws = np.random.default_rng(seed).integers(len(samples), size=(NUM_RESAMPLES, len(samples)))
-    low, high = np.quantile(samples[draws].mean(axis=1), (0.025, 0.975))
+    low = high = samples[0]
+    if len(samples) > 1:
+        options: dict = {"n_resamples": NUM_RESAMPLES, "method": "percentile", "rng": np.random.default_rng(seed)}
+        low, high = bootstrap((samples,), np.mean, **options).confidence_interval
     return Interval(float(samples.mean()), float(low), float(high))
 
 

@@ -177,6 +177,22 @@ def test_small_pictures_without_reference(photos, tmp_path):
     assert "low_res_psnr" in found["metrics"]
 
 
+def test_pictures_of_like_names_have_results_of_their_own(tmp_path, photos):
+    folder = tmp_path / "photos"
+    (folder / "a").mkdir(parents=True)
+    for name, source in (("a/b.png", "dogs"), ("a__b.png", "coffee"), ("a__b.jpg", "chelsea")):
+        Image.open(photos / f"{source}.png").save(folder / name)
+    assert run(folder, tmp_path / "report", "--model", "none", "--baselines", "bicubic") == 0
+    enlarged = {path.read_bytes() for path in (tmp_path / "report" / "pictures").rglob("picture.png")}
+    sheets = {path.read_bytes() for path in (tmp_path / "report" / "sheets").rglob("*.png")}
+    assert len(enlarged) == len(sheets) == 3
+    assert {record["image"] for record in results(tmp_path / "report")["records"]} == {
+        "a/b.png",
+        "a__b.png",
+        "a__b.jpg",
+    }
+
+
 def test_references_are_cut_to_whole_pixels(tmp_path, photos):
     folder = tmp_path / "photos"
     folder.mkdir()

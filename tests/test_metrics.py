@@ -74,6 +74,17 @@ def test_a_grid_of_16_px_is_found():
     assert metrics.grid_ratio(diagonal, period=16) == pytest.approx(1)
 
 
+def test_the_interval_of_a_mean_covers_it_as_often_as_it_says():
+    rng, hits = np.random.default_rng(0), 0
+    for _ in range(100):
+        mean, low, high = metrics.bootstrap_mean(rng.normal(3, 2, 40))
+        assert low <= mean <= high
+        hits += low <= 3 <= high
+    assert 88 <= hits <= 99
+    # Equal values, and a single one, have an interval without width.
+    assert metrics.bootstrap_mean([5.0, 5.0]) == metrics.bootstrap_mean([5.0]) == (5, 5, 5)
+
+
 def test_weights_that_are_not_there_are_said_and_not_fetched(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     for name in metrics.WEIGHTS:

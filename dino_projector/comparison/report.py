@@ -285,7 +285,8 @@ def write_report(results: Results, data: dict[str, Any]) -> Path:
     (output / "results.json").write_text(json.dumps({**kept, "records": records}, indent=1, allow_nan=False) + "\n")
     write_csv(results, output / "results.csv")
     (output / "tables.md").write_text(format_tables(results, data["settings"], data["missing"]), encoding="utf-8")
-    (output / "sheets").mkdir(exist_ok=True)
     for sample in results.samples:
-        make_sheet(results, sample).save(output / "sheets" / f"{sample.name.replace('/', '__')}.png")
+        sheet = output / "sheets" / f"{sample.name}.png"
+        sheet.parent.mkdir(parents=True, exist_ok=True)
+        make_sheet(results, sample).save(sheet)
     return output / "index.html"

@@ -142,7 +142,7 @@ def load_samples(
     for number, path in enumerate(find_pictures(folder)):
         if len(samples) == limit:
             break
-        record = Record(str(path.relative_to(folder)), path, "")
+        record = Record(path.relative_to(folder).as_posix(), path, "")
         try:
             picture = read_picture(record)
             if side is not None:
@@ -284,8 +284,8 @@ def save_result(folder: Path, record: dict, picture: Image.Image) -> None:
 
 
 def result_folder(output: Path, sample: Sample, setting: Setting) -> Path:
-    # With its suffix, for "a.jpg" and "a.png" may both be there.
-    return output / "pictures" / sample.name.replace("/", "__") / setting.folder
+    # Under its path and with its suffix, for "a/b.png", "a__b.png" and "a__b.jpg" may all be there.
+    return output / "pictures" / sample.name / setting.folder
 
 
 def run_sweep(
