@@ -14,10 +14,11 @@
 
 """Fetches the freely licensed photographs that the embedded checkpoint is trained and judged on."""
 
+import argparse
 import sys
 from pathlib import Path
 
-from flux_dino_tile.messages import Parser, UsageError, first_line, nonempty, number
+from flux_dino_tile.messages import Parser, nonempty, number, run_script
 
 
 def build_parser() -> Parser:
@@ -38,32 +39,22 @@ def build_parser() -> Parser:
     return parser
 
 
-def say_error(text: str) -> None:
-    print(f"fetch_photos.py: error: {text}", file=sys.stderr, flush=True)
-
-
-def main(argv: list[str] | None = None) -> int:
-    try:
-        args = build_parser().parse_args(argv)
-    except UsageError as error:
-        say_error(str(error))
-        return 2
-
+def fetch(args: argparse.Namespace) -> None:
     from dino_projector.demo_training.photos import fetch_photos, license_table, read_manifest
 
     photos = read_manifest()
-    try:
-        fetch_photos(photos, Path(args.out), args.max_side)
-        if args.table is not None:
-            Path(args.table).write_text(license_table(photos), encoding="utf-8")
-    except (OSError, ValueError) as error:
-        say_error(first_line(error))
-        return 1
+    fetch_photos(photos, Path(args.out), args.max_side)
     if args.table is None:
         print(license_table(photos), end="")
+    else:
+        Path(args.table).write_text(license_table(photos), encoding="utf-8")
     held_out = sum(photo.held_out for photo in photos)
     print(f"{len(photos) - held_out} training photos and {held_out} held-out ones are in {args.out}", file=sys.stderr)
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    return run_script("fetch_photos.py", lambda: fetch(build_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -15,17 +15,15 @@
 """Publishes a trained projector as a repository of the Hugging Face Hub."""
 
 import argparse
-import os
 import re
 import sys
 import tempfile
 from pathlib import Path
 
 from flux_dino_tile.embedded import DEMO_FOLDER
-from flux_dino_tile.messages import Parser, UsageError, hide_loading_bars, nonempty, number
+from flux_dino_tile.messages import Parser, UsageError, hide_loading_bars, nonempty, number, run_script
 
 
-MODEL_CARD = Path(__file__).resolve().parent.parent / "model_card.md"
 EPILOG = """examples:
   push_to_hub.py runs/first/final user/flux-dino-tile --dry-run
   push_to_hub.py runs/first/final user/flux-dino-tile --private
@@ -83,6 +81,7 @@ def build_parser() -> Parser:
     add("--revision", metavar="BRANCH", default="main", help="branch; made if it is not there (default: main)")
     add("--create-pr", action="store_true", help="propose the change as a pull request")
     add("--message", metavar="TEXT", type=nonempty, default="Upload a DINO projector for FLUX.1", help="of the commit")
+    add("--card", metavar="FILE", type=nonempty, help="write the model card to this file too")
     add("--dry-run", action="store_true", help="show files and model card, try them out, and send nothing")
     add(
         "--try-with-base",
@@ -134,10 +133,13 @@ def run(args: argparse.Namespace) -> None:
     )
     with tempfile.TemporaryDirectory() as temporary:
         folder, source = Path(temporary), Path(args.folder)
-        base_model = assemble(source, folder, args.repository, MODEL_CARD, contents)
+        base_model = assemble(source, folder, args.repository, contents)
         print("\n".join(list_tree(folder)))
+        card = (folder / CARD_NAME).read_text(encoding="utf-8")
+        if args.card is not None:
+            Path(args.card).write_text(card, encoding="utf-8")
         if args.dry_run:
-            print(f"\n{(folder / CARD_NAME).read_text()}")
+            print(f"\n{card}")
         try_out(folder, base_model if args.try_with_base and not is_complete(source) else None)
         print("the files load and run in a fresh process")
         if args.dry_run:
@@ -150,35 +152,20 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    # transformers reads it when it is imported.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    try:
+    def script() -> None:
         args = parse_arguments(sys.argv[1:] if argv is None else argv)
         hide_loading_bars()
-        return publish_or_explain(args)
-    except UsageError as error:
-        say_error(str(error))
-        return 2
-    except KeyboardInterrupt:
-        say_error("interrupted")
-        return 130
 
+        from huggingface_hub import get_token
 
-def publish_or_explain(args: argparse.Namespace) -> int:
-    from huggingface_hub import get_token
+        from dino_projector.publishing.hub import EXPECTED_ERRORS, PublishError, explain
 
-    from dino_projector.publishing.hub import EXPECTED_ERRORS, explain
+        try:
+            run(args)
+        except EXPECTED_ERRORS as error:
+            raise PublishError(explain(error, get_token())) from error
 
-    try:
-        run(args)
-    except EXPECTED_ERRORS as error:
-        say_error(explain(error, get_token()))
-        return 1
-    return 0
-
-
-def say_error(text: str) -> None:
-    print(f"push_to_hub.py: error: {text}", file=sys.stderr, flush=True)
+    return run_script("push_to_hub.py", script)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import warnings
 from functools import partial
 from typing import Any
 
-from flux_dino_tile.messages import Parser, UsageError, first_line, hide_loading_bars, nonempty, number
+from flux_dino_tile.messages import Parser, UsageError, first_line, hide_loading_bars, nonempty, number, run_script
 from flux_dino_tile.options import check_repository
 
 
@@ -130,7 +130,7 @@ def build_parser() -> Parser:
         metavar="N",
         help="T5 tokens (default: 256 for FLUX.1-schnell, 512 for dev)",
     )
-    add("--cache_latents", action="store_true", help="cut a picture always at the same place and keep its latents")
+    add("--cache_latents", action="store_true", help="crop a picture always at the same place and keep its latents")
     add("--precomputed_dir", metavar="DIR", help="for text embeddings and latents (default: OUTPUT_DIR/precomputed)")
     add("--dataloader_num_workers", type=number(int, 0), default=4, metavar="N", help="per process (default: 4)")
 
@@ -285,36 +285,24 @@ def check_package(name: str, option: str) -> None:
         raise UsageError(f'{option} needs the package {name}: pip install "{name}"')
 
 
-def say_error(text: str) -> None:
-    print(f"train_projector.py: error: {text}", file=sys.stderr, flush=True)
-
-
 def main(argv: list[str] | None = None) -> int:
-    # transformers reads it when it is imported.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    try:
+    def script() -> None:
         args = parse_arguments(sys.argv[1:] if argv is None else argv)
         fill_in_defaults(args)
         quantization = training_quantization(args.quantization, "bfloat16")
-    except UsageError as error:
-        say_error(str(error))
-        return 2
 
-    from dino_projector.training.checkpoints import WRITE_ERRORS, error_line
-    from dino_projector.training.run import train
-    from dino_projector.training.trainer import TrainingError
+        from dino_projector.training.checkpoints import WRITE_ERRORS, error_line
+        from dino_projector.training.run import train
+        from dino_projector.training.trainer import TrainingError
 
-    hide_loading_bars()
-    warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata's, on newer PyTorch
-    try:
-        train(args, quantization)
-    except (TrainingError, ValueError, *WRITE_ERRORS) as error:
-        say_error(error_line(error))
-        return 1
-    except KeyboardInterrupt:
-        say_error("interrupted")
-        return 130
-    return 0
+        hide_loading_bars()
+        warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata's, on newer PyTorch
+        try:
+            train(args, quantization)
+        except (TrainingError, ValueError, *WRITE_ERRORS) as error:
+            raise RuntimeError(error_line(error)) from error
+
+    return run_script("train_projector.py", script)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ The client is the unmodified `huggingface_hub`, pointed at a Hub on the loopback
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -36,7 +37,6 @@ DEV = "black-forest-labs/FLUX.1-dev"
 TOKEN = "hf_ownersecret"
 USERS = {TOKEN: "owner", "hf_strangersecret": "stranger"}
 REPO = "owner/flux-dino-tile"
-TEMPLATE = ROOT / "model_card.md"
 FACTS = {
     "steps": 2000,
     "samples": 16000,
@@ -87,7 +87,7 @@ def final(tmp_path_factory):
 @pytest.fixture(scope="module")
 def assembled(final, tmp_path_factory):
     folder = tmp_path_factory.mktemp("assembled")
-    assemble(final, folder, REPO, TEMPLATE, Contents())
+    assemble(final, folder, REPO, Contents())
     return folder
 
 
@@ -130,7 +130,7 @@ def test_a_whole_pipeline_is_published_with_its_code(tmp_path):
     config.write_text(json.dumps(json.loads(config.read_text()) | {"_name_or_path": "/home/me/run"}))
     (source / "notes.txt").write_text("not for others")
     folder.mkdir()
-    assert assemble(source, folder, REPO, TEMPLATE, Contents(licence="apache-2.0")) is None
+    assert assemble(source, folder, REPO, Contents(licence="apache-2.0")) is None
     files = list_files(folder)
     assert {"pipeline.py", "pipeline_flux_dino_tile.py", "model_index.json", "vae/config.json"} <= files.keys()
     assert "notes.txt" not in files
@@ -177,7 +177,7 @@ def test_card_of_what_was_measured(final, tmp_path, hub):
     contents = Contents(report=report, report_data="10 held-out photos", samples=samples, gpu_hours=8, gpu="one H100")
     folder = tmp_path / "folder"
     folder.mkdir()
-    assemble(final, folder, REPO, TEMPLATE, contents)
+    assemble(final, folder, REPO, contents)
     card = ModelCard.load(folder / "README.md")
     data = card.data.to_dict()
     assert (data["license"], data["base_model"], data["datasets"]) == ("apache-2.0", [SCHNELL], ["someone/photos"])
@@ -204,7 +204,7 @@ def test_card_of_a_comparison(final, tmp_path, hub):
     report.write_text(json.dumps({"settings": {}, "means": summarize(scores), "records": []}))
     folder = tmp_path / "folder"
     folder.mkdir()
-    assemble(final, folder, REPO, TEMPLATE, Contents(report=report, report_data="two photos"))
+    assemble(final, folder, REPO, Contents(report=report, report_data="two photos"))
     card = ModelCard.load(folder / "README.md")
     assert "| bicubic: psnr y | 25 | 24 to 26 |\n| DINO 0.5: psnr y | 20 | 20 to 20 |\n" in card.text
     assert "No difference is shown" not in card.text
@@ -220,7 +220,7 @@ def test_card_claims_nothing_that_was_not_measured(tmp_path):
     source.mkdir()
     save_final(source, {})
     (source / "training.json").unlink()
-    assemble(source, folder, REPO, TEMPLATE, Contents(base_model=SCHNELL))
+    assemble(source, folder, REPO, Contents(base_model=SCHNELL))
     card = ModelCard.load(folder / "README.md")
     assert card.data.eval_results is None and card.data.metrics is None and card.data.datasets is None
     assert "The quality of the enlarged pictures was not measured." in card.text
@@ -236,7 +236,7 @@ def test_card_of_dev_shows_its_notice(final, tmp_path, hub):
     hub.repos[DEV] = {"main": base}
     folder = tmp_path / "folder"
     folder.mkdir()
-    assemble(final, folder, REPO, TEMPLATE, Contents(base_model=DEV))
+    assemble(final, folder, REPO, Contents(base_model=DEV))
     card = ModelCard.load(folder / "README.md")
     assert (card.data.license, card.data.license_name) == ("other", FLUX_DEV.name)
     assert "IN NO EVENT SHALL BLACK FOREST LABS" in card.text
@@ -253,17 +253,17 @@ def test_a_report_without_numbers_is_refused(tmp_path, text):
 
 def test_sources_that_are_refused(final, tmp_path):
     with pytest.raises(ValueError, match="final"):
-        assemble(tmp_path, tmp_path, REPO, TEMPLATE, Contents())
+        assemble(tmp_path, tmp_path, REPO, Contents())
     pickled = tmp_path / "pickled"
     shutil.copytree(final, pickled)
     (pickled / "dino_projector" / "more.bin").touch()
     with pytest.raises(ValueError, match=r"more\.bin is pickled"):
-        assemble(pickled, tmp_path, REPO, TEMPLATE, Contents())
+        assemble(pickled, tmp_path, REPO, Contents())
     (pickled / "dino_projector" / "more.bin").unlink()
     facts = FACTS | {"options": {"pretrained_model_name_or_path": "a-folder"}}
     (pickled / "training.json").write_text(json.dumps(facts))
     with pytest.raises(ValueError, match="--base-model"):
-        assemble(pickled, tmp_path, REPO, TEMPLATE, Contents())
+        assemble(pickled, tmp_path, REPO, Contents())
 
 
 def test_the_empty_prompt_is_that_of_the_base(final, tmp_path):
@@ -274,7 +274,7 @@ def test_the_empty_prompt_is_that_of_the_base(final, tmp_path):
     folder.mkdir()
     facts = FACTS | {"options": {"pretrained_model_name_or_path": str(tmp_path / "base" / "flux")}}
     (source / "training.json").write_text(json.dumps(facts))
-    assemble(source, folder, REPO, TEMPLATE, Contents(computes_prompt=True, licence="mit"))
+    assemble(source, folder, REPO, Contents(computes_prompt=True, licence="mit"))
     embeds, pooled = load_prompt_embeds(str(folder), None, None)
     expected, expected_pooled, _ = pipe.encode_prompt("", None, max_sequence_length=256)
     torch.testing.assert_close(embeds.float(), expected, atol=0.02, rtol=0.02)
@@ -482,6 +482,19 @@ def test_dry_run_shows_files_and_card_and_sends_nothing(hub, final, capsys, monk
     assert hub.requests == []
 
 
+def test_the_card_in_this_repository_is_that_of_the_embedded_checkpoint(tmp_path, monkeypatch):
+    """By the command of docs/publishing.md, which brings it up to date."""
+    monkeypatch.setattr("dino_projector.publishing.trial.try_out", lambda *arguments: None)
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "docs" / "publishing.md").read_text(encoding="utf-8")
+    command = re.search(r"push_to_hub\.py (--demo [^`]*--card model_card\.md)", text)[1].replace("\\\n", " ")
+    arguments = shlex.split(command.replace("--card model_card.md", f"--card {tmp_path / 'card.md'}"))
+    assert push_to_hub.main([*arguments, "--dry-run"]) == 0
+    assert (tmp_path / "card.md").read_text(encoding="utf-8") == (ROOT / "model_card.md").read_text(encoding="utf-8")
+    card = ModelCard.load(ROOT / "model_card.md")
+    assert card.data.license == "apache-2.0" and card.data.eval_results
+
+
 def run_program(hub: HubServer, folder: Path, *arguments: str):
     """In a fresh process of a new user, whose client talks to the Hub on the loopback."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON", "COV_"))}
@@ -504,7 +517,7 @@ def test_the_card_s_own_lines_use_what_the_program_published(hub, final, tmp_pat
     assert output.splitlines()[-1] == f"published and compared: {hub.url}/{REPO}/commit/{hub.commit(REPO)}"
     card = (Path(hub.repos[REPO]["main"]) / "README.md").read_text()
     code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
-    assert len(code.splitlines()) == 5
+    assert len(code.splitlines()) == 6
     Image.open(ROOT / "samples" / "photo.jpg").resize((24, 32)).save(tmp_path / "photo.jpg")
     run_program(hub, tmp_path, "-c", code.replace('.to("cuda")', ""))
     assert Image.open(tmp_path / "photo_x4.png").size == (96, 128)

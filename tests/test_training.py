@@ -35,8 +35,16 @@ from dino_projector.training.dropout import Dropout, draw_caption, draw_log_scal
 from dino_projector.training.flow_matching import NoiseLevels, StepInputs, denoising_losses, draw_sigma, project_tokens
 from dino_projector.training.models import ReduxTeacher, distillation_loss, match_token_rms
 from dino_projector.training.samples import sample_rng
+from dino_projector.training.signals import StopSignal
 from dino_projector.training.trainer import TrainingError
-from dino_projector.training.validation import bin_centers, log_strips, summarize, upscale_examples, validation_losses
+from dino_projector.training.validation import (
+    Validator,
+    bin_centers,
+    log_strips,
+    summarize,
+    upscale_examples,
+    validation_losses,
+)
 from pipeline_flux_dino_tile import FluxDinoTilePipeline
 from tiny_models import JOINT_ATTENTION_DIM, tiny_pipeline
 
@@ -255,9 +263,9 @@ def test_the_empty_prompt_stands_for_every_caption():
 
 def test_the_end_of_the_time_stops_as_a_signal_does():
     accelerator = Accelerator(cpu=True)
-    assert run.StopSignal(0.0).reached_any(accelerator)
-    assert not run.StopSignal(1000.0).reached_any(accelerator)
-    assert not run.StopSignal().reached_any(accelerator)
+    assert StopSignal(0.0).reached_any(accelerator)
+    assert not StopSignal(1000.0).reached_any(accelerator)
+    assert not StopSignal().reached_any(accelerator)
 
 
 # ---- What is drawn -------------------------------------------------------------------------------------------------
@@ -443,7 +451,7 @@ def test_init_from_redux_comes_closer_to_its_tokens(schnell, photos, tmp_path, r
 
 def test_validation_losses_are_means_over_the_examples(schnell, photos, tmp_path):
     trainer, loader, args = start(schnell, photos, tmp_path, "--num_validation_images", 3)
-    validator = run.Validator(trainer, loader.dataset.source, args)
+    validator = Validator(trainer, loader.dataset.source, args)
     pipe, examples = trainer.pipe, validator.examples
     found = validation_losses(pipe, validator.plan, examples, validator.branch, None, [0.2, 0.5])
     with torch.no_grad():
@@ -467,11 +475,11 @@ def test_validation_losses_are_means_over_the_examples(schnell, photos, tmp_path
 
 def test_validation_and_checkpoints_borrow_the_averaged_weights(schnell, photos, tmp_path):
     trainer, loader, args = start(schnell, photos, tmp_path, "--learning_rate", 0.1)
-    validator = run.Validator(trainer, loader.dataset.source, args)
+    validator = Validator(trainer, loader.dataset.source, args)
     for batches in islice(zip(iter(loader)), 3):
         trainer.train_step(batches)
     weights = [parameter.detach().clone() for parameter in trainer.projector.parameters()]
-    losses = validator.run()
+    losses = validator.validate()
     run.save_run(trainer, loader, args)
     torch.testing.assert_close(list(trainer.projector.parameters()), weights, rtol=0, atol=0)
     what = (trainer.pipe, validator.plan, validator.examples, validator.branch, None, validator.sigmas)
@@ -484,7 +492,7 @@ def test_validation_and_checkpoints_borrow_the_averaged_weights(schnell, photos,
 
 def test_pictures_are_the_input_the_result_without_and_with_tokens_and_the_photo(schnell, photos, tmp_path):
     trainer, loader, args = start(schnell, photos, tmp_path)
-    validator = run.Validator(trainer, loader.dataset.source, args)
+    validator = Validator(trainer, loader.dataset.source, args)
     strip = np.asarray(upscale_examples(trainer.pipe, validator.plan, validator.examples, 0.5, 3)[0])
     pair, wanted = validator.examples[0].pair, []
     for scale in (0.0, 1.0):
@@ -534,9 +542,9 @@ def test_overfits_so_that_its_own_tokens_help_and_anothers_less(photos, tmp_path
     args = train_projector.parse_arguments(arguments(model, photos, tmp_path, *fixed, *steady, *size, *length))
     train_projector.fill_in_defaults(args)
     trainer, loader = run.start_run(args, Accelerator(cpu=True))
-    validator = run.Validator(trainer, loader.dataset.source, args)
-    before = validator.run()
-    is_finished, after = run.run_steps(trainer, loader, validator, run.StopSignal(), args)
+    validator = Validator(trainer, loader.dataset.source, args)
+    before = validator.validate()
+    is_finished, after = run.run_steps(trainer, loader, validator, StopSignal(), args)
     assert is_finished
     assert after["validation/with_tokens"] < 0.95 * before["validation/with_tokens"]
     assert after["validation/gap_without_tokens_percent"] > 5

@@ -224,14 +224,14 @@ def card_context(source: Path, contents: Contents) -> dict[str, Any]:
         "evaluation": read_report(contents.report) if contents.report else [],
         "evaluation_data": contents.report_data,
         "validation": validation_table(facts.get("validation", {})),
-        "credits": contents.credits and contents.credits.read_text(encoding="utf-8").strip(),
+        "credits": contents.credits and contents.credits.read_text(encoding="utf-8-sig").strip(),
         "gpu_hours": contents.gpu_hours,
         "gpu": contents.gpu,
         "samples": [],
     }
 
 
-def assemble(source: Path, folder: Path, repo_id: str, template: Path, contents: Contents) -> str | None:
+def assemble(source: Path, folder: Path, repo_id: str, contents: Contents) -> str | None:
     """
     Writes all files of the repository; returns the base model's name, if there is one.
 
@@ -239,7 +239,6 @@ def assemble(source: Path, folder: Path, repo_id: str, template: Path, contents:
         source (`Path`): `final` of a training, or a whole pipeline with `dino_projector/`.
         folder (`Path`): Empty folder to write to.
         repo_id (`str`): The repository's name, for its model card.
-        template (`Path`): `model_card.md`.
         contents ([`Contents`]): What else to write.
 
     Raises:
@@ -255,7 +254,7 @@ def assemble(source: Path, folder: Path, repo_id: str, template: Path, contents:
         fetch_licence([context["base_model"], context["options"].get("init_from_redux")], folder)
     if contents.samples is not None:
         context["samples"] = copy_samples(contents.samples, folder)
-    (folder / CARD_NAME).write_text(make_card(template, repo_id, context))
+    (folder / CARD_NAME).write_text(make_card(repo_id, context), encoding="utf-8")
     return context["base_model"]
 
 

@@ -24,6 +24,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..training.validation import CONDITIONS
 
 
+TEMPLATE = Path(__file__).with_name("card_template.md")
 TAGS = ["flux", "dino", "super-resolution", "upscaling", "image-to-image", "flux-dino-tile"]
 
 
@@ -65,7 +66,7 @@ def read_report(path: Path) -> list[Measurement]:
     all else (lists of other lengths, truth values) is left out. Of `results.json` of a comparison, its `means`.
     """
     try:
-        numbers = json.loads(path.read_text())
+        numbers = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(numbers, dict):
@@ -117,12 +118,11 @@ def validation_table(validation: dict[str, float]) -> list[tuple[str, float, flo
     ]
 
 
-def make_card(template: Path, repo_id: str, context: dict[str, Any]) -> str:
+def make_card(repo_id: str, context: dict[str, Any]) -> str:
     """
     The text of `README.md`.
 
     Args:
-        template (`Path`): `model_card.md`, a Jinja template.
         repo_id (`str`): Repository that the card is for.
         context (`dict`): From [`~dino_projector.publishing.assemble.card_context`].
     """
@@ -142,4 +142,4 @@ def make_card(template: Path, repo_id: str, context: dict[str, Any]) -> str:
         eval_results=evaluation_results(rows, context["evaluation_data"]) if rows else None,
         ignore_metadata_errors=False,
     )
-    return str(ModelCard.from_template(data, template_path=str(template), repo_id=repo_id, **context))
+    return str(ModelCard.from_template(data, template_path=str(TEMPLATE), repo_id=repo_id, **context))

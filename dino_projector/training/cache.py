@@ -101,7 +101,7 @@ class TextEmbeddings:
     @torch.no_grad()
     def encode(self, caption: str) -> dict[str, torch.Tensor]:
         embeds, pooled_embeds, _ = self.pipe.encode_prompt(
-            caption, None, device=self.pipe._execution_device, max_sequence_length=self.max_sequence_length
+            caption, None, device=self.pipe.device, max_sequence_length=self.max_sequence_length
         )
         return {"prompt_embeds": embeds.to(self.dtype), "pooled_prompt_embeds": pooled_embeds.to(self.dtype)}
 

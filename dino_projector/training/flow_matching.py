@@ -133,18 +133,18 @@ class InputMaker:
         self.latent_cache, self.vae_fingerprint = latent_cache, vae_fingerprint
 
     def branch(self, captions: Sequence[str]) -> PromptBranch:
-        dtype, device = self.pipe.transformer.dtype, self.pipe._execution_device
+        dtype, device = self.pipe.transformer.dtype, self.pipe.device
         embeds, pooled_embeds = (item.to(device=device, dtype=dtype) for item in self.embed_captions(captions))
         return PromptBranch(embeds, pooled_embeds, torch.zeros(embeds.shape[1], 3, device=device), None)
 
     def guidance(self, batch_size: int) -> torch.Tensor | None:
         if not self.pipe.transformer.config.guidance_embeds:
             return None
-        return torch.full([batch_size], self.guidance_scale, device=self.pipe._execution_device)
+        return torch.full([batch_size], self.guidance_scale, device=self.pipe.device)
 
     @torch.no_grad()
     def __call__(self, batch: dict) -> StepInputs:
-        device = self.pipe._execution_device
+        device = self.pipe.device
         rngs = [sample_rng(self.seed, int(number), 1) for number in batch["number"]]
         latents = self.latents(batch["sharp"], rngs)
         features = self.pipe.encode_dino_tiles(batch["degraded"], self.plan)
@@ -164,7 +164,7 @@ class InputMaker:
         cache = self.latent_cache
         if cache is None:
             return encode_latents(self.pipe, self.plan, sharp, rngs)
-        return torch.cat([self.cached_latents(picture, cache) for picture in sharp]).to(self.pipe._execution_device)
+        return torch.cat([self.cached_latents(picture, cache) for picture in sharp]).to(self.pipe.device)
 
     def cached_latents(self, picture: torch.Tensor, cache: TensorCache) -> torch.Tensor:
         key = cache_key("latents", self.vae_fingerprint, list(picture.shape), picture.numpy().tobytes())

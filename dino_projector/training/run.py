@@ -14,11 +14,7 @@
 
 """A training run from its start, or a checkpoint, to the projector that inference loads."""
 
-import math
-import signal
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
@@ -49,18 +45,10 @@ from .models import (
     save_result,
 )
 from .samples import SampleStream, Sampling, first_pairs
+from .signals import StopSignal, ignore_stop_signals
 from .sources import ImageFolder, ListedSource, Shards, Source, check_shards, open_dataset
 from .trainer import ProjectorTrainer, average_gradients
-from .validation import (
-    bin_centers,
-    format_losses,
-    log_strips,
-    make_examples,
-    save_strips,
-    summarize,
-    upscale_examples,
-    validation_losses,
-)
+from .validation import Validator
 
 
 # Their tokens set the scale of the first DINO tokens where the data has no captions.
@@ -69,7 +57,6 @@ SAMPLE_CAPTIONS = (
     "mountains behind a lake at sunrise",
     "a street in the rain",
 )
-NUM_SIGMA_BINS = 4
 NUM_SCALE_PICTURES = 16
 NUM_SCALE_CAPTIONS = 32
 # What may differ between the parts of a run without changing its result.
@@ -89,46 +76,6 @@ FREE_OPTIONS = {
 }
 # Left out of the facts that are published with the weights.
 DATA_FOLDERS = {"train_data_dir", "train_shards"}
-
-
-class StopSignal:
-    """
-    Notes SIGTERM and Ctrl-C, so that the step at hand can be finished; a second Ctrl-C interrupts at once. The end of
-    the time counts as a signal.
-
-    Args:
-        seconds (`float`, *optional*): From now on.
-    """
-
-    def __init__(self, seconds: float | None = None):
-        self.name: str | None = None
-        self.deadline = math.inf if seconds is None else time.monotonic() + seconds
-
-    def handle(self, number: int, frame) -> None:
-        if self.name is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.name = signal.Signals(number).name
-
-    def reached_any(self, accelerator: Accelerator) -> bool:
-        """Whether some process got a signal, or the time is up."""
-        is_stopped = self.name is not None or time.monotonic() >= self.deadline
-        flag = torch.tensor(float(is_stopped), device=accelerator.device)
-        return bool(accelerator.reduce(flag, "sum") > 0)
-
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        previous = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-
-def ignore_stop_signals(worker: int) -> None:
-    """In a data worker: a signal that the whole group gets is the main process's to act on."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def make_accelerator(args) -> Accelerator:
@@ -328,38 +275,6 @@ def report_changes(old: dict, new: dict, accelerator: Accelerator) -> None:
             accelerator.print(f"--{name} was {old[name]} and is now {new[name]}")
 
 
-class Validator:
-    """What the validation looks at; on the main process only."""
-
-    def __init__(self, trainer: ProjectorTrainer, source, args):
-        self.trainer, self.args = trainer, args
-        self.pipe, self.plan = trainer.pipe, trainer.make_inputs.plan
-        sampling = Sampling(args.resolution, tuple(args.scale_factor), tuple(args.degradation))
-        pairs = first_pairs(source, args.num_validation_images, sampling, self.pipe.image_processor, args.seed)
-        if len(pairs) < 2:
-            raise ValueError("the validation needs two pictures, to show one the tokens of the other")
-        self.examples = make_examples(self.pipe, self.plan, pairs, args.seed)
-        self.branch = trainer.make_inputs.branch([""])
-        self.guidance = trainer.make_inputs.guidance(1)
-        self.sigmas = bin_centers(args.sigma_min, args.sigma_max, NUM_SIGMA_BINS)
-        default_sigma = self.pipe.get_default_settings(None, None, None, None, None)[2]
-        self.start_sigma = min(default_sigma, args.sigma_max)
-
-    def run(self) -> dict[str, float]:
-        """Prints and logs losses and pictures of the averaged weights; returns the losses."""
-        step, trackers = self.trainer.step, self.trainer.accelerator.trackers
-        with self.trainer.ema_weights():
-            losses = validation_losses(self.pipe, self.plan, self.examples, self.branch, self.guidance, self.sigmas)
-            strips = upscale_examples(self.pipe, self.plan, self.examples, self.start_sigma, self.args.seed)
-        tqdm.write(f"step {step}\n{format_losses(losses, self.sigmas)}")
-        save_strips(strips, Path(self.args.output_dir) / "validation" / f"step-{step:06d}.png")
-        log_strips(trackers, strips, step)
-        values = summarize(losses, self.sigmas)
-        for tracker in trackers:
-            tracker.log(values, step=step)
-        return values
-
-
 def save_run(trainer: ProjectorTrainer, loader: StatefulDataLoader, args) -> None:
     accelerator = trainer.accelerator
     loaders = gather_object([loader.state_dict()])
@@ -454,7 +369,7 @@ def run_steps(
     validation: dict[str, float] = {}
     # Before the first step; or after the last, if a finished run is resumed.
     if validator is not None and trainer.step in (0, args.max_train_steps):
-        validation = validator.run()
+        validation = validator.validate()
     bar = tqdm(
         total=args.max_train_steps,
         initial=trainer.step,
@@ -471,7 +386,7 @@ def run_steps(
         if is_last or is_stopped or trainer.step % args.checkpointing_steps == 0:
             save_run(trainer, loader, args)
         if validator is not None and not is_stopped and (is_last or trainer.step % args.validation_steps == 0):
-            validation = validator.run()
+            validation = validator.validate()
         if is_stopped and not is_last:
             accelerator.print(f"stopped at step {trainer.step}; --resume_from_checkpoint latest goes on from here")
             return False, validation

@@ -26,15 +26,18 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from pipeline_flux_dino_tile import FluxDinoTilePipeline, PromptBranch, TilePlan
 
 from .flow_matching import StepInputs, denoising_losses, encode_pairs, standard_normal
-from .samples import Pair, sample_rng
+from .samples import Pair, Sampling, first_pairs, sample_rng
+from .trainer import ProjectorTrainer
 
 
 CONDITIONS = ("with_tokens", "without_tokens", "other_tokens")
 NUM_PICTURES = 4
+NUM_SIGMAS = 4
 
 
 class Example(NamedTuple):
@@ -140,3 +143,37 @@ def log_strips(trackers, strips: Sequence[Image.Image], step: int) -> None:
         layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
         images = np.stack([np.asarray(strip) for strip in strips])
         tracker.log_images({"validation/pictures": images}, step=step, **layout)
+
+
+class Validator:
+    """What the validation looks at; on the main process only."""
+
+    def __init__(self, trainer: ProjectorTrainer, source, args):
+        self.trainer, self.args = trainer, args
+        self.pipe, self.plan = trainer.pipe, trainer.make_inputs.plan
+        sampling = Sampling(args.resolution, tuple(args.scale_factor), tuple(args.degradation))
+        pairs = first_pairs(source, args.num_validation_images, sampling, self.pipe.image_processor, args.seed)
+        if len(pairs) < 2:
+            raise ValueError("the validation needs two pictures, to show one the tokens of the other")
+        self.examples = make_examples(self.pipe, self.plan, pairs, args.seed)
+        self.branch = trainer.make_inputs.branch([""])
+        self.guidance = trainer.make_inputs.guidance(1)
+        self.sigmas = bin_centers(args.sigma_min, args.sigma_max, NUM_SIGMAS)
+        default_sigma = self.pipe.get_default_settings(
+            strength=None, sigmas=None, start_sigma=None, num_inference_steps=None, guidance_scale=None
+        )[2]
+        self.start_sigma = min(default_sigma, args.sigma_max)
+
+    def validate(self) -> dict[str, float]:
+        """Prints and logs losses and pictures of the averaged weights; returns the losses."""
+        step, trackers = self.trainer.step, self.trainer.accelerator.trackers
+        with self.trainer.ema_weights():
+            losses = validation_losses(self.pipe, self.plan, self.examples, self.branch, self.guidance, self.sigmas)
+            strips = upscale_examples(self.pipe, self.plan, self.examples, self.start_sigma, self.args.seed)
+        tqdm.write(f"step {step}\n{format_losses(losses, self.sigmas)}")
+        save_strips(strips, Path(self.args.output_dir) / "validation" / f"step-{step:06d}.png")
+        log_strips(trackers, strips, step)
+        values = summarize(losses, self.sigmas)
+        for tracker in trackers:
+            tracker.log(values, step=step)
+        return values
