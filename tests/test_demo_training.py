@@ -44,7 +44,7 @@ from dino_projector.demo_training.dino import DinoStage, balance, linear_r2
 from dino_projector.demo_training.evaluate import evaluate, format_table
 from dino_projector.demo_training.flux import FluxStage, draw_sigmas, lead_from_degraded
 from dino_projector.demo_training.sizes import SIZES, count_weights, make_dino, make_transformer, make_vae
-from dino_projector.demo_training.stages import load_shards, run_stage, save_shards, update_average
+from dino_projector.demo_training.stages import load_shards, run_stage, update_average
 from dino_projector.demo_training.vae import DecoderStage, VaeStage
 from dino_projector.training.flow_matching import StepInputs
 from dino_projector.training.samples import sample_rng
@@ -210,14 +210,16 @@ def test_flux_needs_the_vae(loaded, tmp_path):
         FluxStage(TINY, loaded[0], tmp_path, 0, CPU)
 
 
-def test_shards_stay_below_their_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(stages, "MAX_SHARD_BYTES", 1000)
-    tensors = {f"t{index}": torch.full((100,), float(index)) for index in range(7)}
-    save_shards(tensors, tmp_path)
-    files = list(tmp_path.iterdir())
-    assert len(files) == 4 and all(sum(t.nbytes for t in load_file(file).values()) <= 1000 for file in files)
-    for name, tensor in load_shards(tmp_path).items():
-        assert torch.equal(tensor, tensors[name])
+def test_shards_stay_below_their_size(loaded, tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "MAX_SHARD_SIZE", "200KB")
+    stage = DinoStage(TINY, loaded[0], tmp_path, 0, CPU)
+    stage.train_step()
+    stage.save()
+    folder = tmp_path / "dino" / stages.STATE_FOLDER
+    files = [load_file(file) for file in folder.glob("*.safetensors")]
+    assert len(files) > 4 and all(sum(t.nbytes for t in tensors.values()) <= 200_000 for tensors in files)
+    for name, tensor in stage.state_tensors():
+        assert torch.equal(load_shards(folder)[name], tensor)
 
 
 def test_the_average_follows():

@@ -25,7 +25,8 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast, reduce
-from safetensors.torch import load_file, save_file
+from huggingface_hub import save_torch_state_dict
+from safetensors.torch import load_file
 
 from ..folders import replace_folder
 from ..training.samples import sample_rng
@@ -36,9 +37,7 @@ from .sizes import Sizes
 
 STATE_FOLDER = "state"
 MODEL_FOLDER = "model"
-# Checkpoints travel in files below 16 MiB.
-MAX_SHARD_BYTES = 15 * 2**20
-MAX_SHARD_SIZE = "14MB"  # as `save_pretrained` takes it
+MAX_SHARD_SIZE = "14MB"  # checkpoints travel in files below 16 MiB
 REPORT_STEPS = 100
 CLOCK_STEPS = 10  # of several processes between two looks at the first one's clock
 AVERAGE_DECAY = 0.999
@@ -130,7 +129,10 @@ class Stage:
         """Writes state and model; each folder appears whole or not at all."""
 
         def write_state(folder: Path) -> None:
-            save_shards({name: tensor.contiguous() for name, tensor in self.state_tensors()}, folder)
+            tensors = dict(self.state_tensors())
+            save_torch_state_dict(
+                tensors, folder, filename_pattern="state{suffix}.safetensors", max_shard_size=MAX_SHARD_SIZE
+            )
             (folder / "step.json").write_text(json.dumps({"step": self.step, "seed": self.seed}))
 
         replace_folder(self.folder / STATE_FOLDER, write_state)
@@ -170,23 +172,9 @@ class Stage:
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def save_shards(tensors: dict[str, torch.Tensor], folder: Path) -> None:
-    """Writes safetensors files of at most `MAX_SHARD_BYTES`, if no single tensor is larger."""
-    shards: list[dict[str, torch.Tensor]] = [{}]
-    size = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > MAX_SHARD_BYTES:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    for index, shard in enumerate(shards):
-        save_file(shard, folder / f"state-{index:03d}.safetensors")
-
-
 def load_shards(folder: Path) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
-    for path in sorted(folder.glob("state-*.safetensors")):
+    for path in sorted(folder.glob("state*.safetensors")):
         tensors |= load_file(path)
     return tensors
 
