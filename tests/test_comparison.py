@@ -52,7 +52,7 @@ FLUX = ("--steps", 1, "--tile-size", 64, "--tile-overlap", 32, "--strengths", "0
 @pytest.fixture(scope="module")
 def report(photos, model, tmp_path_factory):
     output = tmp_path_factory.mktemp("report")
-    assert run(photos, output, "--model", model, *FLUX, "--ablate", "fusion,window") == 0
+    assert run(photos, output, "--model", model, *FLUX, "--ablate", "color-fix,window") == 0
     return output
 
 
@@ -75,12 +75,16 @@ def test_every_window_sums_to_one(window):
 
 def test_every_picture_is_enlarged_by_every_setting(report, photos, capsys):
     found = results(report)
-    assert len(found["records"]) == len(PICTURES) * 9
+    assert len(found["records"]) == len(PICTURES) * 10
     labels = {"bicubic", "lanczos", "FLUX without DINO", "DINO 0.5", "DINO 1", "DINO 1, another picture's"}
-    tried = {"step, window cosine"} | {"final, window cosine", "step, window linear", "step, window box"}
-    labels = {label if label in ("bicubic", "lanczos") else f"{label}, fusion step, window cosine" for label in labels}
-    assert set(found["means"]) == labels | {f"DINO 1, fusion {way}" for way in tried}
-    assert len({found["means"][f"DINO 1, fusion {way}"]["psnr_y"][0] for way in tried}) == len(tried)
+    plain = "colour fix default, window cosine"
+    labels = {label if label in ("bicubic", "lanczos") else f"{label}, {plain}" for label in labels}
+    tried = {plain, *(f"colour fix {method}, window cosine" for method in ("wavelet", "adain"))}
+    tried |= {f"colour fix default, window {window}" for window in ("linear", "box")}
+    assert set(found["means"]) == labels | {f"DINO 1, {way}" for way in tried}
+    assert len({found["means"][f"DINO 1, {way}"]["psnr_y"][0] for way in tried}) == len(tried)
+    drift = {way: found["means"][f"DINO 1, {way}"]["color_drift"][0] for way in tried}
+    assert drift["colour fix wavelet, window cosine"] < 0.5 * drift[plain]
     rows = list(csv.DictReader((report / "results.csv").open()))
     assert len(rows) == len(found["records"])
     assert float(rows[0]["psnr_y"]) == found["records"][0]["scores"]["psnr_y"]
@@ -114,7 +118,7 @@ def test_a_second_call_makes_only_what_is_missing(report, photos, model, tmp_pat
     times = {path: path.stat().st_mtime_ns for path in records}
     lost = records[3].parent
     shutil.rmtree(lost)
-    assert run(photos, output, "--model", model, *FLUX, "--ablate", "fusion,window") == 0
+    assert run(photos, output, "--model", model, *FLUX, "--ablate", "color-fix,window") == 0
     made = [path for path in sorted(output.glob("pictures/*/*/record.json")) if path.stat().st_mtime_ns != times[path]]
     assert made == [lost / "record.json"]
     assert "broken.png: skipped" in capsys.readouterr().err
@@ -208,7 +212,7 @@ def test_references_are_cut_to_whole_pixels(tmp_path, photos):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--model", "none", "--ablate", "fusion"], "--projector and --ablate need a model, not --model none"),
+        (["--model", "none", "--ablate", "window"], "--projector and --ablate need a model, not --model none"),
         (["--model", "nowhere"], "--model nowhere: no such folder"),
         (["--strengths", "0,-1"], "argument --strengths: must be a number from 0 to 100, not '-1'"),
         (["--baselines", "magic"], "argument --baselines: must be of bicubic, lanczos, realesrgan, none, not 'magic'"),
@@ -282,15 +286,15 @@ def test_a_picture_counts_once_however_many_seeds():
 
 
 def test_settings_are_compared_all_else_being_equal():
-    settings = make_settings(["bicubic"], ["m"], [None], [0.0, 1.0], [0.2, 0.5], [None], [0], ["fusion", "color-fix"])
+    settings = make_settings(["bicubic"], ["m"], [None], [0.0, 1.0], [0.2, 0.5], [None], [0], ["color-fix", "window"])
     labels = label_settings(settings)
     pairs = choose_pairs(labels)
     low, high = "DINO 1, start sigma 0.2", "DINO 1, start sigma 0.5"
-    same = ", fusion step, colour fix default"
+    same = ", colour fix default, window cosine"
     assert (f"{low}{same}", f"FLUX without DINO, start sigma 0.2{same}") in pairs
     assert (f"{high}{same}", f"DINO 1, another picture's, start sigma 0.5{same}") in pairs
-    assert (f"{low}, fusion final, colour fix default", f"{low}{same}") in pairs
-    assert (f"{low}, fusion step, colour fix adain", f"{low}{same}") in pairs
+    assert (f"{low}, colour fix default, window box", f"{low}{same}") in pairs
+    assert (f"{low}, colour fix adain, window cosine", f"{low}{same}") in pairs
     assert (f"{low}{same}", f"{high}{same}") not in pairs
     assert all((label, "bicubic") in pairs for label in labels.values() if label != "bicubic")
 

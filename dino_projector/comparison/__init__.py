@@ -16,7 +16,6 @@
 
 # What `--ablate` tries instead of the defaults, one at a time.
 ABLATIONS: dict[str, tuple[str, tuple]] = {
-    "fusion": ("tile_fusion", ("step", "final")),
     "overlap": ("tile_overlap", (32, 64, 128)),
     "color-fix": ("color_fix", (None, "wavelet", "adain")),
     "vae-residual": ("vae_residual", (False, True)),

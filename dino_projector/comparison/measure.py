@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
-from pipeline_flux_dino_tile import TilePlan, seam_ratio
+from flux_dino_tile.diagnostics import diagnose, seam_ratio, tile_borders
+from pipeline_flux_dino_tile import TilePlan
 
 from ..metrics import color_drift, gradient_energy, grid_ratio, low_res_psnr, psnr_y, shrink, ssim_y
 from ..pictures import to_pixels
@@ -80,7 +81,7 @@ def measure_pixels(images: torch.Tensor, small: torch.Tensor, reference, judges:
 
 def measure_tiles(pipe, picture: Image.Image, images, small, plan: TilePlan, features, judges) -> list[dict[str, Any]]:
     """For each tile its place in pixels, DINO's similarity, the seam score and the judge's distance to the input."""
-    diagnosis = pipe.diagnose_tiles(picture, plan, features)
+    diagnosis = diagnose(pipe, picture, plan, features)
     factors = [length / original for length, original in zip(images.shape[2:], small.shape[2:])]
     shrunk = shrink(images, *small.shape[2:])
     tiles = []
@@ -127,7 +128,9 @@ def measure(
         similarities = [tile["dino_similarity"] for tile in tiles]
         scores["dino_similarity"] = sum(similarities) / len(similarities)
         scores["least_dino_similarity"] = min(similarities)
-    lines = [[line for line in borders if line < length] for borders, length in zip(plan.borders, images.shape[2:])]
+    lines = [
+        [line for line in borders if line < length] for borders, length in zip(tile_borders(plan), images.shape[2:])
+    ]
     if any(lines):
         scores["seam_ratio"] = seam_ratio(images[0], *lines)
     return scores, tiles

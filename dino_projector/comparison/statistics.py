@@ -34,7 +34,6 @@ FIELD_LABELS = {
     "steps": "steps",
     "tile_size": "tile",
     "tile_overlap": "overlap",
-    "tile_fusion": "fusion",
     "color_fix": "colour fix",
     "vae_residual": "VAE residual",
     "window": "window",
@@ -135,7 +134,7 @@ def compare(
 def choose_pairs(labels: dict[Setting, str]) -> list[tuple[str, str]]:
     """Each setting of FLUX against no DINO, another picture's tokens, the ablations' base and the baselines."""
     plain = Setting("flux")._asdict()
-    ablated = ("tile_fusion", "color_fix", "vae_residual", "window")
+    ablated = ("color_fix", "vae_residual", "window")
     baselines = [setting for setting in labels if setting.method != "flux"]
     overlaps = [setting.tile_overlap for setting in labels]
     pairs = []

@@ -19,6 +19,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from itertools import groupby, product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,8 +30,9 @@ from PIL import Image, ImageOps
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 import pipeline_flux_dino_tile
+from flux_dino_tile.color import match_color
 from flux_dino_tile.embedded import locate_model
-from pipeline_flux_dino_tile import DEFAULT_TILE_OVERLAP
+from pipeline_flux_dino_tile import DEFAULT_TILE_OVERLAP, axis_windows
 
 from ..folders import replace_folder
 from ..metrics import overlap_disagreement
@@ -45,11 +47,11 @@ from .measure import measure
 MIN_SIDE = 16  # px of the small picture, as much as SSIM's window and a token of FLUX need
 RECORD_NAME = "record.json"
 PICTURE_NAME = "picture.png"
-# How a tile hands over to the next, beside the pipeline's raised cosine: weights `(overlap,)` of the next.
-WINDOWS: dict[str, Callable[[int], torch.Tensor]] = {
-    "cosine": pipeline_flux_dino_tile.handover,
-    "linear": lambda overlap: (torch.arange(overlap, dtype=torch.float64) + 0.5) / overlap,
-    "box": lambda overlap: (torch.arange(overlap) >= overlap // 2).double(),
+# What becomes of the pipeline's windows, which are raised cosines, before they are made to sum to one again.
+WINDOWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "cosine": lambda window: window,
+    "linear": lambda window: window.sqrt().asin(),
+    "box": lambda window: window**64,  # the larger of two weights takes all
 }
 
 
@@ -75,7 +77,6 @@ class Setting(NamedTuple):
     seed: int = 0
     tile_size: int | None = None
     tile_overlap: int = DEFAULT_TILE_OVERLAP
-    tile_fusion: str = "step"
     color_fix: str | None = None
     vae_residual: bool | None = None
     window: str = "cosine"
@@ -170,31 +171,40 @@ def load_samples(
 
 
 @contextmanager
-def watch_tiles(pipe) -> Iterator[list[torch.Tensor]]:
-    """
-    While the context lasts, the list holds what the latest step predicts each tile's clean latents to be, `(batch,
-    channels, rows, columns)`: before blending, with the parts in which neighbours overlap.
-    """
-    predict_tile_velocities = pipe.predict_tile_velocities
-    clean: list[torch.Tensor] = []
+def watch_velocities(pipe) -> Iterator[list[torch.Tensor]]:
+    """While the context lasts, the list holds the velocities that the latest step has predicted, tile by tile."""
+    map_tiles = pipe.map_tiles
+    velocities: list[torch.Tensor] = []
 
-    def watch(tiles, timestep, *arguments):
-        clean.clear()
-        sigma = timestep / pipe.scheduler.config.num_train_timesteps
-        for tile, velocity in zip(tiles, predict_tile_velocities(tiles, timestep, *arguments)):
-            clean.append(tile - sigma * velocity)
-            yield velocity
+    def watch(compute, items):
+        # The transformer's items are batches of tile numbers, those of VAE and DINO single tiles.
+        is_step = isinstance(items[0], list)
+        if is_step:
+            velocities.clear()
+        for result in map_tiles(compute, items):
+            if is_step:
+                velocities.extend(result.split(1))
+            yield result
 
-    pipe.predict_tile_velocities = watch
+    pipe.map_tiles = watch
     try:
-        yield clean
+        yield velocities
     finally:
-        del pipe.predict_tile_velocities
+        pipe.map_tiles = map_tiles
+
+
+def shape_windows(window: str, starts: Sequence[int], size: int) -> torch.Tensor:
+    """[`~pipeline_flux_dino_tile.axis_windows`] of another shape, see `WINDOWS`."""
+    shaped = WINDOWS[window](axis_windows(starts, size).double())
+    total = torch.zeros(starts[-1] + size, dtype=torch.float64)
+    for start, weights in zip(starts, shaped):
+        total[start : start + size] += weights
+    return torch.stack([weights / total[start : start + size] for start, weights in zip(starts, shaped)]).float()
 
 
 def blend_by(window: str) -> AbstractContextManager:
     """The pipeline has one window; within this context it blends by another."""
-    return mock.patch.object(pipeline_flux_dino_tile, "handover", WINDOWS[window])
+    return mock.patch.object(pipeline_flux_dino_tile, "axis_windows", partial(shape_windows, window))
 
 
 def tile_arguments(setting: Setting) -> dict[str, Any]:
@@ -204,15 +214,13 @@ def tile_arguments(setting: Setting) -> dict[str, Any]:
 def enlarge_flux(pipe, sample: Sample, setting: Setting, plan: Any, features) -> tuple[Image.Image, dict]:
     """The enlargement, and what only the run knows."""
     width, height = sample.size
-    with watch_tiles(pipe) as clean, blend_by(setting.window):
+    with watch_velocities(pipe) as velocities, blend_by(setting.window):
         picture = pipe(
             image=sample.small,
             height=height,
             width=width,
             start_sigma=setting.start_sigma,
             num_inference_steps=setting.steps,
-            tile_fusion=setting.tile_fusion,
-            color_fix=setting.color_fix,
             vae_residual=setting.vae_residual,
             dino_conditioning_scale=setting.strength,
             dino_embeds=features,
@@ -220,8 +228,11 @@ def enlarge_flux(pipe, sample: Sample, setting: Setting, plan: Any, features) ->
             generator=torch.Generator("cpu").manual_seed(setting.seed),
             **tile_arguments(setting),
         ).images[0]
-        disagreement = overlap_disagreement(torch.stack(clean), plan, pipe.vae_scale_factor)
-    return picture, {"overlap_disagreement": disagreement}
+    if setting.color_fix is not None:
+        (picture,) = match_color(pipe, [picture], sample.small, setting.color_fix)
+    # Neighbours start a step at the same latents: their clean ones differ by as much as sigma times their velocities.
+    disagreement = overlap_disagreement(torch.stack(velocities), plan, pipe.vae_scale_factor)
+    return picture, {"overlap_disagreement": float(pipe.scheduler.sigmas[-2]) * disagreement}
 
 
 class Features:

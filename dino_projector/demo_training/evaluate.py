@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from pipeline_flux_dino_tile import FluxDinoTilePipeline, seam_ratio
+from flux_dino_tile.diagnostics import seam_ratio, tile_borders
+from pipeline_flux_dino_tile import FluxDinoTilePipeline, PromptBranch
 
 from ..comparison.baselines import enlarge
 from ..metrics import Interval, bootstrap_mean, gradient_energy, grid_ratio, is_monotone, psnr
@@ -120,9 +121,7 @@ def velocity_losses(pipe: FluxDinoTilePipeline, held_out: Path, resolution: int,
     sampling = Sampling(resolution, (float(FACTOR), float(FACTOR)), ("bicubic",))
     plan = pipe.plan_tiles(resolution, resolution, resolution)
     pipe._joint_attention_kwargs = {}
-    stored: Any = pipe.default_prompt_embeds
-    embeds = dict(zip(("prompt_embeds", "pooled_prompt_embeds"), stored))
-    branch = pipe.encode_branch("", dict.fromkeys(("prompt", "prompt_2")), embeds, None, 1, stored[0].shape[1])
+    branch = PromptBranch(pipe.dino_projector.prompt_embeds, pipe.dino_projector.pooled_prompt_embeds)
     sigmas = bin_centers(SIGMA_MIN, SIGMA_MAX, NUM_SIGMAS)
     losses = []
     for crop in range(LOSS_CROPS):
@@ -248,7 +247,7 @@ def evaluate(
     settings = (side, tile_size, start_sigma, seed)
     results = [Upscaled(pipe, photo, other, *settings) for photo, other in zip(photos, others)]
     numbers |= measure_vae(pipe, results)
-    numbers |= measure_pictures(results, judge, pipe.plan_tiles(side, side, tile_size).borders)
+    numbers |= measure_pictures(results, judge, tile_borders(pipe.plan_tiles(side, side, tile_size)))
     numbers["seconds_on_cpu"] = time_call(checkpoint, side, tile_size)
     numbers["cpu_threads"] = torch.get_num_threads()
     return numbers, make_sheet(results)
