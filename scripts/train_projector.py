@@ -299,7 +299,7 @@ def main(argv: list[str] | None = None) -> int:
         warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata's, on newer PyTorch
         try:
             train(args, quantization)
-        except (TrainingError, ValueError, *WRITE_ERRORS) as error:
+        except (TrainingError, FloatingPointError, ValueError, *WRITE_ERRORS) as error:
             raise RuntimeError(error_line(error)) from error
 
     return run_script("train_projector.py", script)

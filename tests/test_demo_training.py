@@ -48,7 +48,8 @@ from dino_projector.demo_training.stages import load_shards, run_stage, update_a
 from dino_projector.demo_training.vae import DecoderStage, VaeStage
 from dino_projector.training.flow_matching import StepInputs
 from dino_projector.training.samples import sample_rng
-from pipeline_flux_dino_tile import DinoProjector, FluxDinoTilePipeline, seam_ratio
+from flux_dino_tile.diagnostics import seam_ratio
+from pipeline_flux_dino_tile import DinoProjector, FluxDinoTilePipeline
 
 
 CPU = torch.device("cpu")
@@ -368,7 +369,9 @@ def test_the_checkpoint_loads_through_the_public_calls(work):
     pipe = FluxDinoTilePipeline.from_pretrained(checkpoint, dtype=torch.float32)
     pipe.load_dino_projector(checkpoint)
     pipe.set_progress_bar_config(disable=True)
-    assert pipe.text_encoder is None and pipe.default_prompt_embeds is not None
+    assert pipe.text_encoder is None
+    empty_prompt = Language(TINY.text_dim, CPU).empty_prompt.half().float()
+    assert torch.equal(pipe.dino_projector.prompt_embeds, empty_prompt)
     assert pipe(image=Image.new("RGB", (16, 16), "teal")).images[0].size == (64, 64)
     for file in checkpoint.rglob("*.safetensors"):
         assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float16}

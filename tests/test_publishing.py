@@ -16,7 +16,7 @@ from pathlib import Path
 import huggingface_hub
 import push_to_hub
 import pytest
-import torch
+from diffusers import DiffusionPipeline
 from huggingface_hub import HfApi, ModelCard
 from PIL import Image
 
@@ -28,8 +28,7 @@ from dino_projector.publishing.licences import APACHE, DINOV3, FLUX_DEV
 from dino_projector.publishing.trial import try_out
 from dino_projector.training.models import save_result
 from hub_server import HubServer, list_files
-from pipeline_flux_dino_tile import PromptBranch, load_prompt_embeds
-from tiny_models import JOINT_ATTENTION_DIM, POOLED_DIM, ROOT, tiny_pipeline
+from tiny_models import POOLED_DIM, ROOT, tiny_pipeline
 
 
 SCHNELL = "black-forest-labs/FLUX.1-schnell"
@@ -64,16 +63,16 @@ FILES = {
     "dino_projector/config.json",
     "dino_projector/diffusion_pytorch_model.safetensors",
     "pipeline.py",
-    "prompt_embeds.safetensors",
     "training.json",
 }
 
 
 def save_final(folder: Path, facts: dict) -> None:
     """What a finished training leaves, of random weights."""
-    torch.manual_seed(0)
-    prompt = PromptBranch(torch.randn(1, 7, JOINT_ATTENTION_DIM), torch.randn(1, POOLED_DIM), None, None)
-    save_result(folder, tiny_pipeline(dino="dinov2_with_registers"), prompt, facts)
+    prompt = {"num_prompt_tokens": 7, "pooled_dim": POOLED_DIM}
+    pipe = tiny_pipeline(dino="dinov2_with_registers", projector=prompt)
+    pipe.dino_projector.prompt_embeds.normal_()
+    save_result(folder, pipe, facts)
 
 
 @pytest.fixture(scope="module")
@@ -132,11 +131,14 @@ def test_a_whole_pipeline_is_published_with_its_code(tmp_path):
     folder.mkdir()
     assert assemble(source, folder, REPO, Contents(licence="apache-2.0")) is None
     files = list_files(folder)
-    assert {"pipeline.py", "pipeline_flux_dino_tile.py", "model_index.json", "vae/config.json"} <= files.keys()
+    assert {"pipeline.py", "model_index.json", "vae/config.json"} <= files.keys()
     assert "notes.txt" not in files
     assert not [path for path in files if "/home/me" in (folder / path).read_bytes().decode("latin-1")]
     assert "base_model" not in ModelCard.load(folder / "README.md").data.to_dict()
     try_out(folder)
+    pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=str(folder), trust_remote_code=True)
+    pipe.load_dino_projector(folder)
+    assert type(pipe).__name__ == "FluxDinoTilePipeline" and pipe.dino_projector is not None
 
 
 @pytest.mark.parametrize(
@@ -264,21 +266,6 @@ def test_sources_that_are_refused(final, tmp_path):
     (pickled / "training.json").write_text(json.dumps(facts))
     with pytest.raises(ValueError, match="--base-model"):
         assemble(pickled, tmp_path, REPO, Contents())
-
-
-def test_the_empty_prompt_is_that_of_the_base(final, tmp_path):
-    pipe = tiny_pipeline()
-    pipe.save_pretrained(tmp_path / "base" / "flux")
-    source, folder = tmp_path / "source", tmp_path / "folder"
-    shutil.copytree(final, source)
-    folder.mkdir()
-    facts = FACTS | {"options": {"pretrained_model_name_or_path": str(tmp_path / "base" / "flux")}}
-    (source / "training.json").write_text(json.dumps(facts))
-    assemble(source, folder, REPO, Contents(computes_prompt=True, licence="mit"))
-    embeds, pooled = load_prompt_embeds(str(folder), None, None)
-    expected, expected_pooled, _ = pipe.encode_prompt("", None, max_sequence_length=256)
-    torch.testing.assert_close(embeds.float(), expected, atol=0.02, rtol=0.02)
-    torch.testing.assert_close(pooled.float(), expected_pooled, atol=0.02, rtol=0.02)
 
 
 def test_a_folder_that_does_not_run_is_one_line(assembled, tmp_path):

@@ -28,7 +28,7 @@ from dino_projector.training.checkpoints import error_line, find_checkpoint, lis
 from dino_projector.training.degradation import DEGRADATIONS
 from dino_projector.training.samples import SampleStream, Sampling
 from dino_projector.training.sources import ImageFolder
-from tiny_models import ROOT
+from tiny_models import POOLED_DIM, ROOT, tiny_pipeline
 
 
 SCRIPT = str(ROOT / "scripts" / "train_projector.py")
@@ -161,6 +161,31 @@ def test_an_error_of_several_lines_is_cut_to_the_one_that_says_what_happened(bro
     with pytest.raises(ValueError, match="Traceback") as error:
         next(iter(StatefulDataLoader(stream, num_workers=1)))
     assert error_line(error.value).startswith("ValueError: 100 pictures in a row cannot be used, the last is ")
+
+
+def test_a_base_without_text_encoders_brings_the_empty_prompt(photos, tmp_path, capsys):
+    bases = {}
+    for num_tokens in (5, 0):
+        projector = {"num_prompt_tokens": num_tokens, "pooled_dim": POOLED_DIM}
+        pipe = tiny_pipeline(dino="dinov2", projector=projector)
+        for embeds in pipe.dino_projector.buffers():
+            embeds.normal_()
+        pipe.register_modules(**dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")))
+        pipe.save_pretrained(tmp_path / f"base-{num_tokens}")
+        bases[num_tokens] = tmp_path / f"base-{num_tokens}"
+    for num_tokens, options, message in (
+        (5, (), "base-5 has no text encoders for captions: pass --caption_column none"),
+        (0, ("--caption_column", "none"), "base-0 has neither text encoders nor a projector with the empty prompt"),
+    ):
+        assert train_projector.main(arguments(bases[num_tokens], photos, tmp_path / "out", *options)) == 1
+        assert message in capsys.readouterr().err.splitlines()[-1]
+    run(bases[5], photos, tmp_path / "out", "--caption_column", "none")
+    base, trained = (
+        load_file(folder / "dino_projector" / "diffusion_pytorch_model.safetensors")
+        for folder in (bases[5], tmp_path / "out" / "final")
+    )
+    for name in ("prompt_embeds", "pooled_prompt_embeds"):
+        assert torch.equal(trained[name], base[name])
 
 
 # ---- A run and its checkpoints -------------------------------------------------------------------------------------

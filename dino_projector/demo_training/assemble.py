@@ -19,12 +19,15 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
+from transformers import Dinov2WithRegistersConfig
 
-from pipeline_flux_dino_tile import MODULE_NAME, PROMPT_EMBEDS_NAME, DinoProjector
+from pipeline_flux_dino_tile import DinoProjector
 
 from ..folders import ENCODER_FOLDER, PROJECTOR_FOLDER, forget_origin, replace_folder
 from ..training.checkpoints import list_checkpoints
+from .captions import EMPTY_PROMPT_TOKENS, Language
 from .flux import make_pipeline
+from .sizes import POOLED_DIM
 from .stages import MAX_SHARD_SIZE, find_trained
 
 
@@ -42,29 +45,44 @@ DEFAULTS = {
 
 
 def assemble(work: Path) -> Path:
-    """Writes the checkpoint of all that is trained so far, with the projector if there is one; returns its folder."""
+    """Writes the checkpoint of what is trained so far, at first with an untrained projector; returns its folder."""
     dtype = {"torch_dtype": torch.float16}
     vae = AutoencoderKL.from_pretrained(find_trained(work, "decoder"), **dtype)
     transformer = FluxTransformer2DModel.from_pretrained(find_trained(work, "flux"), **dtype)
-    encoder, prompt_embeds = find_trained(work, "dino"), find_trained(work, "flux") / PROMPT_EMBEDS_NAME
+    encoder = find_trained(work, "dino")
     projectors = list_checkpoints(work / PROJECTOR_RUN_FOLDER)
+    projector = make_untrained_projector(encoder, transformer)
+    if projectors:
+        projector = DinoProjector.from_pretrained(projectors[-1] / PROJECTOR_FOLDER, **dtype)
 
     def write(folder: Path) -> None:
         pipe = make_pipeline(vae, transformer, **DEFAULTS)
         pipe.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
-        # Where the checkpoint lies within this project, the pipeline is installed.
-        (folder / f"{MODULE_NAME}.py").unlink()
         shutil.copytree(encoder, folder / ENCODER_FOLDER)
-        shutil.copyfile(prompt_embeds, folder / PROMPT_EMBEDS_NAME)
-        if projectors:
-            projector = DinoProjector.from_pretrained(projectors[-1] / PROJECTOR_FOLDER, **dtype)
-            projector.save_pretrained(folder / PROJECTOR_FOLDER)
+        projector.save_pretrained(folder / PROJECTOR_FOLDER)
         for config in folder.rglob("*.json"):
             forget_origin(config)
         check_sizes(folder)
 
     replace_folder(work / CHECKPOINT_FOLDER, write)
     return work / CHECKPOINT_FOLDER
+
+
+def make_untrained_projector(encoder: Path, transformer: FluxTransformer2DModel) -> DinoProjector:
+    """It brings the empty prompt, which the training of the projector takes from its base."""
+    projector = DinoProjector(
+        in_dim=Dinov2WithRegistersConfig.from_pretrained(encoder).hidden_size,
+        out_dim=transformer.config.joint_attention_dim,
+        hidden_dim=1,
+        dino_model=None,
+        num_prompt_tokens=EMPTY_PROMPT_TOKENS,
+        pooled_dim=POOLED_DIM,
+    )
+    language = Language(transformer.config.joint_attention_dim, torch.device("cpu"))
+    branch = language.empty_branch(projector.dtype)
+    projector.prompt_embeds.copy_(branch.prompt_embeds)
+    projector.pooled_prompt_embeds.copy_(branch.pooled_prompt_embeds)
+    return projector.half()
 
 
 def check_sizes(folder: Path, max_file: int = MAX_FILE_BYTES, max_total: int = MAX_TOTAL_BYTES) -> int:

@@ -14,14 +14,11 @@
 
 """The small FLUX's language: how the squares of a picture look and where they are, as tokens of the text stream."""
 
-from pathlib import Path
-
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 
-from pipeline_flux_dino_tile import PROMPT_EMBEDS_NAME, PromptBranch
+from pipeline_flux_dino_tile import PromptBranch
 
 from .sizes import POOLED_DIM
 
@@ -95,13 +92,5 @@ class Language:
         return tokens / tokens.square().mean(-1, keepdim=True).sqrt()
 
     def empty_branch(self, dtype: torch.dtype) -> PromptBranch:
-        device = self.empty_prompt.device
-        pooled = torch.zeros(1, POOLED_DIM, device=device, dtype=dtype)
-        return PromptBranch(
-            self.empty_prompt.to(dtype), pooled, torch.zeros(EMPTY_PROMPT_TOKENS, 3, device=device), None
-        )
-
-    def save_empty_prompt(self, folder: Path) -> None:
-        branch = self.empty_branch(torch.float16)
-        embeds = {name: getattr(branch, name).cpu() for name in ("prompt_embeds", "pooled_prompt_embeds")}
-        save_file(embeds, folder / PROMPT_EMBEDS_NAME)
+        pooled = torch.zeros(1, POOLED_DIM, device=self.empty_prompt.device, dtype=dtype)
+        return PromptBranch(self.empty_prompt.to(dtype), pooled)

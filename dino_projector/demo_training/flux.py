@@ -136,7 +136,8 @@ class FluxStage(Stage):
     @torch.no_grad()
     def encode(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         side = images.shape[-1]
-        return self.pipe.encode_tiles(images, self.pipe.plan_tiles(side, side, side), generator)
+        posterior = self.pipe.encode_tiles(images, self.pipe.plan_tiles(side, side, side))
+        return self.pipe.sample_latents(posterior, generator)
 
     def step_inputs(
         self, latents: torch.Tensor, sigmas: torch.Tensor, generator: torch.Generator, dtype: torch.dtype
@@ -155,7 +156,6 @@ class FluxStage(Stage):
 
     def save_model(self, folder: Path) -> None:
         deepcopy(self.average).half().save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
-        self.language.save_empty_prompt(folder)
 
     @torch.no_grad()
     @torch.compiler.set_stance("force_eager")  # another size of batch, once

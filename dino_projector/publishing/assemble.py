@@ -16,26 +16,22 @@
 
 import json
 import shutil
-from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from huggingface_hub import hf_hub_download
-from safetensors.torch import save_file
 
 import pipeline_flux_dino_tile
-from pipeline_flux_dino_tile import MODULE_NAME, PROMPT_EMBEDS_NAME, DinoProjector
+from pipeline_flux_dino_tile import DinoProjector, FluxDinoTilePipeline
 
 from ..folders import ENCODER_FOLDER, FACTS_NAME, PROJECTOR_FOLDER, forget_origin
-from ..training.cache import TensorCache, TextEmbeddings
-from ..training.models import load_default_text_tokens, load_text_pipeline
 from .card import make_card, read_report, validation_table
 from .licences import APACHE, DINOV3, FLUX_DEV, FLUX_DEV_NOTICE, Licence, choose_licence, model_licence
 
 
 INDEX_NAME = "model_index.json"
+PIPELINE_NAME = "pipeline.py"  # where `custom_pipeline` looks for the code
 CARD_NAME = "README.md"
 LICENCE_NAME = "LICENSE.md"
 NOTICE_NAME = "NOTICE"
@@ -61,7 +57,6 @@ class Contents(NamedTuple):
         credits (`Path`, *optional*): Markdown with authors and licences of what it was trained on.
         gpu_hours (`float`, *optional*): What the training took.
         gpu (`str`, *optional*): On which hardware.
-        computes_prompt (`bool`): Embed the empty prompt with the base model's text encoders.
     """
 
     base_model: str | None = None
@@ -73,7 +68,6 @@ class Contents(NamedTuple):
     credits: Path | None = None
     gpu_hours: float | None = None
     gpu: str | None = None
-    computes_prompt: bool = False
 
 
 def is_complete(folder: Path) -> bool:
@@ -161,26 +155,17 @@ def copy_models(source: Path, folder: Path) -> None:
     if is_complete(source):
         index = json.loads((source / INDEX_NAME).read_text())
         parts += [name for name, value in index.items() if isinstance(value, list) and not name.startswith("_")]
-        copy_file(source / INDEX_NAME, folder / INDEX_NAME)
-        # `model_index.json` names the module, and `custom_pipeline` looks for `pipeline.py`.
-        shutil.copyfile(pipeline_flux_dino_tile.__file__, folder / f"{MODULE_NAME}.py")
-    shutil.copyfile(pipeline_flux_dino_tile.__file__, folder / "pipeline.py")
+        # With the module's name, `DiffusionPipeline.from_pretrained` of the repository finds `pipeline.py` by itself.
+        index["_class_name"] = [Path(PIPELINE_NAME).stem, FluxDinoTilePipeline.__name__]
+        index.pop("_name_or_path", None)
+        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    shutil.copyfile(pipeline_flux_dino_tile.__file__, folder / PIPELINE_NAME)
     for part in dict.fromkeys(parts):
         for path in sorted((source / part).rglob("*")):
             if path.suffix in COPIED_SUFFIXES:
                 copy_file(path, folder / path.relative_to(source))
-    for name in (FACTS_NAME, PROMPT_EMBEDS_NAME):
-        if (source / name).is_file():
-            copy_file(source / name, folder / name)
-
-
-def compute_empty_prompt(base_model: str, path: Path) -> None:
-    """Embeds the empty prompt as the training does, and saves it for calls without text encoders."""
-    args = Namespace(pretrained_model_name_or_path=base_model, revision=None, variant=None)
-    pipe = load_text_pipeline(args, torch.device("cpu"), torch.bfloat16)
-    cache = TensorCache(path.parent)
-    embed = TextEmbeddings(pipe, cache, "", load_default_text_tokens(args), torch.bfloat16)
-    save_file({name: tensor.contiguous() for name, tensor in embed.encode("").items()}, path)
+    if (source / FACTS_NAME).is_file():
+        copy_file(source / FACTS_NAME, folder / FACTS_NAME)
 
 
 def fetch_licence(models: Sequence[str | None], folder: Path) -> None:
@@ -248,8 +233,6 @@ def assemble(source: Path, folder: Path, repo_id: str, contents: Contents) -> st
     check_source(source)
     context = card_context(source, contents)
     copy_models(source, folder)
-    if contents.computes_prompt:
-        compute_empty_prompt(context["base_model"], folder / PROMPT_EMBEDS_NAME)
     if context["licence"] == FLUX_DEV:
         fetch_licence([context["base_model"], context["options"].get("init_from_redux")], folder)
     if contents.samples is not None:

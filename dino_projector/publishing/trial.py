@@ -23,7 +23,7 @@ from pathlib import Path
 
 from diffusers import FluxImg2ImgPipeline, FluxTransformer2DModel
 
-from pipeline_flux_dino_tile import PROMPT_EMBEDS_NAME, DinoProjector, load_prompt_embeds
+from pipeline_flux_dino_tile import DinoProjector
 
 from ..demo_training.flux import make_pipeline
 from ..demo_training.sizes import POOLED_DIM, SIZES, make_transformer, make_vae
@@ -67,10 +67,9 @@ if (results[0] == results[1]).all():
 
 def save_stand_in(folder: Path, source: Path) -> None:
     """A FLUX.1 of the smallest size with random weights that takes the projector's tokens and stored prompt."""
-    sizes = SIZES["tiny"]._replace(text_dim=DinoProjector.load_config(source / PROJECTOR_FOLDER)["out_dim"])
-    prompt = load_prompt_embeds(str(source), None, None)
-    pooled_dim = POOLED_DIM if prompt is None else prompt[1].shape[-1]
-    config = {**make_transformer(sizes).config, "pooled_projection_dim": pooled_dim}
+    projector = DinoProjector.load_config(source / PROJECTOR_FOLDER)
+    sizes = SIZES["tiny"]._replace(text_dim=projector["out_dim"])
+    config = {**make_transformer(sizes).config, "pooled_projection_dim": projector["pooled_dim"] or POOLED_DIM}
     # A stock pipeline, as FLUX.1 is: one of this project's would bring its own code and run that.
     parts = make_pipeline(make_vae(sizes), FluxTransformer2DModel.from_config(config)).components
     names = inspect.signature(FluxImg2ImgPipeline.__init__).parameters
@@ -94,7 +93,7 @@ def try_out(folder: Path, base_model: str | None = None) -> None:
         if base_model is None and not is_complete(folder):
             base = temporary
             save_stand_in(Path(temporary), folder)
-        has_prompt = (folder / PROMPT_EMBEDS_NAME).is_file()
+        has_prompt = DinoProjector.load_config(folder / PROJECTOR_FOLDER)["num_prompt_tokens"] > 0
         arguments = json.dumps([str(folder), base, has_prompt])
         done = subprocess.run(
             [sys.executable, "-c", SCRIPT, arguments], cwd=temporary, capture_output=True, text=True, check=False

@@ -73,7 +73,7 @@ def draw_sigma(levels: NoiseLevels, rng: np.random.Generator) -> torch.Tensor:
 def encode_latents(
     pipe: FluxDinoTilePipeline, plan: TilePlan, sharp: torch.Tensor, rngs: Sequence[np.random.Generator]
 ) -> torch.Tensor:
-    return pipe.encode_tiles(sharp, plan, [torch_generator(rng) for rng in rngs])
+    return pipe.sample_latents(pipe.encode_tiles(sharp, plan), [torch_generator(rng) for rng in rngs])
 
 
 def encode_pairs(
@@ -96,9 +96,14 @@ def denoising_losses(pipe: FluxDinoTilePipeline, inputs: StepInputs, dino: DinoT
 
 
 def project_tokens(pipe: FluxDinoTilePipeline, plan: TilePlan, inputs: StepInputs) -> DinoTokens:
-    """The tokens of a batch, with each sample's own strengths."""
-    dino = pipe.prepare_dino_tokens(inputs.features, plan, 1.0)
-    return dino._replace(log_scale=inputs.log_scale)
+    """
+    The tokens of a batch, with each sample's own strengths. Unlike the pipeline's they may be NaN: so is the loss
+    then, and the trainer stops all processes with the pictures' names.
+    """
+    projector = pipe.dino_projector
+    tokens = projector(inputs.features.flatten(2, 3).to(projector.dtype))
+    ids = projector.position_ids((inputs.features.shape[2], inputs.features.shape[3]), plan.tile_tokens)
+    return DinoTokens(tokens, ids.to(tokens.device), inputs.log_scale)
 
 
 class InputMaker:
@@ -135,7 +140,7 @@ class InputMaker:
     def branch(self, captions: Sequence[str]) -> PromptBranch:
         dtype, device = self.pipe.transformer.dtype, self.pipe.device
         embeds, pooled_embeds = (item.to(device=device, dtype=dtype) for item in self.embed_captions(captions))
-        return PromptBranch(embeds, pooled_embeds, torch.zeros(embeds.shape[1], 3, device=device), None)
+        return PromptBranch(embeds, pooled_embeds)
 
     def guidance(self, batch_size: int) -> torch.Tensor | None:
         if not self.pipe.transformer.config.guidance_embeds:

@@ -25,17 +25,10 @@ import torch.nn.functional as F
 import transformers
 from diffusers import FluxTransformer2DModel
 from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
-from safetensors.torch import save_file
 from transformers import AutoModel, PreTrainedModel, SiglipVisionModel
 from transformers.image_processing_utils import BaseImageProcessor
 
-from pipeline_flux_dino_tile import (
-    PROMPT_EMBEDS_NAME,
-    DinoProjector,
-    FluxDinoTilePipeline,
-    PromptBranch,
-    default_text_tokens,
-)
+from pipeline_flux_dino_tile import DinoProjector, FluxDinoTilePipeline
 
 from ..folders import ENCODER_FOLDER, FACTS_NAME, PROJECTOR_FOLDER
 
@@ -47,11 +40,11 @@ def load_transformer(name: str, dtype: torch.dtype, quantization_config: Any, **
 
 
 def load_default_text_tokens(args) -> int:
-    """As many T5 tokens as the pipeline takes by default."""
+    """As many T5 tokens as the pipeline takes by default, see [`~FluxDinoTilePipeline.default_text_tokens`]."""
     config = FluxTransformer2DModel.load_config(
         args.pretrained_model_name_or_path, subfolder="transformer", revision=args.revision
     )
-    return default_text_tokens(config)
+    return 512 if config["guidance_embeds"] else 256
 
 
 def load_text_pipeline(args, device: torch.device, dtype: torch.dtype) -> FluxDinoTilePipeline:
@@ -63,14 +56,32 @@ def load_text_pipeline(args, device: torch.device, dtype: torch.dtype) -> FluxDi
     return pipe.to(device)
 
 
-def load_pipeline(args, device: torch.device, dtype: torch.dtype, quantization_config: Any) -> FluxDinoTilePipeline:
-    """Everything but the text encoders: frozen models, and a new projector in float32."""
+def load_stored_prompt(args) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The empty prompt's embeddings of a base without text encoders, whose projector brings them; else `None`."""
+    name, source = args.pretrained_model_name_or_path, {"revision": args.revision}
+    library, _ = FluxDinoTilePipeline.load_config(name, **source)["text_encoder_2"]
+    if library is not None:
+        return None
+    projector = DinoProjector.from_pretrained(name, subfolder=PROJECTOR_FOLDER, **source)
+    if projector.config.num_prompt_tokens == 0:
+        raise ValueError(f"{name} has neither text encoders nor a projector with the empty prompt's embeddings")
+    return projector.prompt_embeds, projector.pooled_prompt_embeds
+
+
+def load_pipeline(
+    args,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization_config: Any,
+    empty_prompt: tuple[torch.Tensor, torch.Tensor],
+) -> FluxDinoTilePipeline:
+    """Everything but the text encoders: frozen models, and a new projector in float32 with the empty prompt."""
     source = {"revision": args.revision, "variant": args.variant}
     name = args.pretrained_model_name_or_path
     transformer = load_transformer(name, dtype, quantization_config, **source)
     encoder = AutoModel.from_pretrained(args.dino_model, use_safetensors=True, trust_remote_code=False, dtype=dtype)
     torch.manual_seed(args.seed)
-    projector = make_projector(args, encoder, transformer.config.joint_attention_dim)
+    projector = make_projector(args, encoder, *empty_prompt)
     left_out = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
     pipe = FluxDinoTilePipeline.from_pretrained(
         name,
@@ -95,16 +106,19 @@ def freeze(pipe: FluxDinoTilePipeline) -> None:
     pipe.set_progress_bar_config(disable=True)
 
 
-def make_projector(args, encoder: PreTrainedModel, joint_attention_dim: int) -> DinoProjector:
+def make_projector(
+    args, encoder: PreTrainedModel, prompt_embeds: torch.Tensor, pooled_prompt_embeds: torch.Tensor
+) -> DinoProjector:
+    """With random weights; calls without a prompt take the given embeddings of the empty one."""
     statistics = {}
     try:
         settings, _ = BaseImageProcessor.get_image_processor_dict(args.dino_model)
         statistics = {name: settings[name] for name in ("image_mean", "image_std")}
     except OSError:  # a folder with the model alone: ImageNet's
         pass
-    return DinoProjector(
+    projector = DinoProjector(
         in_dim=encoder.config.hidden_size * len(args.dino_layers),
-        out_dim=joint_attention_dim,
+        out_dim=prompt_embeds.shape[2],
         hidden_dim=args.hidden_dim,
         token_grid=args.token_grid,
         layers=args.dino_layers,
@@ -113,8 +127,13 @@ def make_projector(args, encoder: PreTrainedModel, joint_attention_dim: int) -> 
         dino_model=None if Path(args.dino_model).is_dir() else args.dino_model,
         sigma_min=args.sigma_min,
         sigma_max=args.sigma_max,
+        num_prompt_tokens=prompt_embeds.shape[1],
+        pooled_dim=pooled_prompt_embeds.shape[1],
         **statistics,
     )
+    projector.prompt_embeds.copy_(prompt_embeds)
+    projector.pooled_prompt_embeds.copy_(pooled_prompt_embeds)
+    return projector
 
 
 # ---- Initial weights -----------------------------------------------------------------------------------------------
@@ -159,19 +178,12 @@ def distillation_loss(projector: DinoProjector, features: torch.Tensor, target: 
 # ---- The result ----------------------------------------------------------------------------------------------------
 
 
-def save_result(
-    folder: str | Path,
-    pipe: FluxDinoTilePipeline,
-    empty_prompt: PromptBranch,
-    facts: dict,
-) -> None:
+def save_result(folder: str | Path, pipe: FluxDinoTilePipeline, facts: dict) -> None:
     """Writes what [`~FluxDinoTilePipeline.load_dino_projector`] loads, and `training.json`."""
     folder = Path(folder)
     pipe.dino_projector.save_pretrained(folder / PROJECTOR_FOLDER)
     if pipe.dino_projector.config.dino_model is None:
         pipe.dino_encoder.save_pretrained(folder / ENCODER_FOLDER)
-    embeds = {name: getattr(empty_prompt, name).cpu() for name in ("prompt_embeds", "pooled_prompt_embeds")}
-    save_file(embeds, folder / PROMPT_EMBEDS_NAME)
     (folder / FACTS_NAME).write_text(json.dumps(facts, indent=2) + "\n")
 
 

@@ -26,7 +26,7 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gath
 from torchdata.stateful_dataloader import StatefulDataLoader
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from pipeline_flux_dino_tile import FluxDinoTilePipeline, load_prompt_embeds
+from pipeline_flux_dino_tile import FluxDinoTilePipeline
 
 from ..folders import PROJECTOR_FOLDER, replace_folder
 from ..pictures import to_bytes
@@ -40,6 +40,7 @@ from .models import (
     library_versions,
     load_default_text_tokens,
     load_pipeline,
+    load_stored_prompt,
     load_text_pipeline,
     match_token_rms,
     save_result,
@@ -130,11 +131,13 @@ def compute_text_embeddings(args, device, source: Source, cache: TensorCache, op
 def load_text_embeddings(args, accelerator: Accelerator, source: Source, dtype: torch.dtype):
     """
     An embedder of captions, and the root mean square of text tokens. The text encoders stay in memory only where the
-    captions are not known beforehand, in a stream. A base that brings `prompt_embeds.safetensors` needs none without
-    captions.
+    captions are not known beforehand, in a stream. A base without them brings the empty prompt's embeddings.
     """
-    name, revision = args.pretrained_model_name_or_path, args.revision
-    if not uses_captions(args) and (stored := load_prompt_embeds(name, revision, None)) is not None:
+    if (stored := load_stored_prompt(args)) is not None:
+        if uses_captions(args):
+            raise ValueError(
+                f"{args.pretrained_model_name_or_path} has no text encoders for captions: pass --caption_column none"
+            )
         empty_prompt = EmptyPrompt(*stored)
         return empty_prompt, empty_prompt.token_rms()
     keeps_encoders = not isinstance(source, ListedSource) and uses_captions(args)
@@ -203,7 +206,7 @@ def distill_redux(make_inputs: InputMaker, accelerator: Accelerator, batches: It
     for batch in bar:
         with torch.no_grad():
             features = pipe.encode_dino_tiles(batch["degraded"], make_inputs.plan)[0]
-        target = teacher.tokens(pipe.crop_pixels(batch["sharp"].to(accelerator.device)), features.shape[1:3])
+        target = teacher.tokens(pipe.crop_pixels(batch["sharp"], make_inputs.plan[0]), features.shape[1:3])
         loss = distillation_loss(projector, features, target)
         loss.backward()
         average_gradients(projector.parameters())
@@ -229,11 +232,8 @@ def start_run(
     source = open_source(args, accelerator)
     check_shards(source, accelerator.num_processes, args.dataloader_num_workers)
     embed_captions, rms = load_text_embeddings(args, accelerator, source, dtype)
-    pipe = load_pipeline(args, accelerator.device, dtype, quantization_config)
+    pipe = load_pipeline(args, accelerator.device, dtype, quantization_config, embed_captions([""]))
     make_inputs = make_input_maker(args, pipe, embed_captions)
-    # For calls without a prompt, as in the validation.
-    empty = make_inputs.branch([""])
-    pipe.default_prompt_embeds = (empty.prompt_embeds, empty.pooled_prompt_embeds)
     if state is None:
         first_loader = make_loader(args, accelerator, source, pipe.image_processor)
         scale_tokens(make_inputs, accelerator, first_loader.dataset, rms)
@@ -349,11 +349,11 @@ def train(args, quantization_config: Any = None) -> bool:
     with stop.installed():
         is_finished, validation = run_steps(trainer, loader, validator, stop, args)
     if is_finished and validator is not None:
-        facts, branch = training_facts(trainer, args, validation), validator.branch
+        facts = training_facts(trainer, args, validation)
 
         def write(folder: Path) -> None:
             with trainer.ema_weights():
-                save_result(folder, trainer.pipe, branch, facts)
+                save_result(folder, trainer.pipe, facts)
 
         replace_folder(Path(args.output_dir) / "final", write)
         print(f"done: pipe.load_dino_projector({str(Path(args.output_dir) / 'final')!r})")

@@ -159,9 +159,7 @@ class Validator:
         self.branch = trainer.make_inputs.branch([""])
         self.guidance = trainer.make_inputs.guidance(1)
         self.sigmas = bin_centers(args.sigma_min, args.sigma_max, NUM_SIGMAS)
-        default_sigma = self.pipe.get_default_settings(
-            strength=None, sigmas=None, start_sigma=None, num_inference_steps=None, guidance_scale=None
-        )[2]
+        default_sigma = self.pipe.get_default_settings()[2]
         self.start_sigma = min(default_sigma, args.sigma_max)
 
     def validate(self) -> dict[str, float]:
