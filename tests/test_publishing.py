@@ -495,12 +495,13 @@ def run_program(hub: HubServer, folder: Path, *arguments: str):
     return done.stdout
 
 
-def test_the_card_s_own_lines_use_what_the_program_published(hub, final, tmp_path):
-    pipe = tiny_pipeline()
-    pipe.save_pretrained(tmp_path / "flux")
+@pytest.mark.parametrize("is_complete", [False, True])
+def test_the_card_s_own_lines_use_what_the_program_published(hub, final, tmp_path, is_complete):
+    tiny_pipeline(dino="dinov2" if is_complete else None).save_pretrained(tmp_path / "flux")
     hub.repos[SCHNELL] = {"main": tmp_path / "flux"}
+    source = [str(tmp_path / "flux"), REPO, "--license", "mit"] if is_complete else [str(final), REPO]
     program = str(ROOT / "scripts" / "push_to_hub.py")
-    output = run_program(hub, tmp_path, program, str(final), REPO, "--private")
+    output = run_program(hub, tmp_path, program, *source, "--private")
     assert output.splitlines()[-1] == f"published and compared: {hub.url}/{REPO}/commit/{hub.commit(REPO)}"
     card = (Path(hub.repos[REPO]["main"]) / "README.md").read_text()
     code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
