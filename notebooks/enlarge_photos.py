@@ -17,15 +17,15 @@
 # # Enlarge photos with FLUX.1, told by DINO what they show
 #
 # 1. Install.
-# 2. Enlarge the sample with a small model on the CPU, at once.
-# 3. With a GPU: FLUX.1-schnell, with the memory recipe for the card that is found.
-# 4. Several strengths of DINO on the same picture.
+# 2. Enlarge the sample photo with a small model on the CPU.
+# 3. With a GPU: enlarge it with FLUX.1-schnell, with the options that fit your GPU.
+# 4. Compare several strengths of DINO.
 # 5. Train a projector of your own.
 #
-# Cells for FLUX.1 do nothing without a GPU. They were not run on FLUX.1's own weights yet.
+# Without a GPU, the cells for FLUX.1 do nothing. They were not run on FLUX.1's own weights yet.
 
 # %%
-# On Colab, the address of the project's git repository. Where this notebook lies in the project, leave it empty.
+# On Colab, the address of the project's git repository. Elsewhere leave it empty and run `pip install -e .` first.
 ADDRESS = ""
 
 # %%
@@ -35,13 +35,11 @@ import sys
 from pathlib import Path
 
 
-here = Path.cwd()
-PROJECT = here.parent if (here.parent / "pipeline_flux_dino_tile.py").is_file() else here / "flux-dino-tile"
+PROJECT = Path.cwd() / "flux-dino-tile" if ADDRESS else Path.cwd().parent
 if ADDRESS:
     if not PROJECT.is_dir():
         subprocess.run(["git", "clone", "--depth", "1", ADDRESS, PROJECT], check=True)
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", f"{PROJECT}[flux,quant,train]"], check=True)
-sys.path.insert(0, str(PROJECT))
 
 # %%
 import psutil
@@ -58,8 +56,7 @@ photo
 # %% [markdown]
 # ## A small model on the CPU
 #
-# A whole small pipeline and its projector come with the project. It shows the way of a picture, not the quality of
-# FLUX.1.
+# A small pipeline with its projector comes with the project. It shows how everything works, not the quality of FLUX.1.
 
 # %%
 from flux_dino_tile.embedded import DEMO_FOLDER
@@ -104,16 +101,15 @@ compare(photo, result)
 # %% [markdown]
 # ## FLUX.1-schnell
 #
-# Weights are 24 GB for the transformer and 10 GB for the text encoders, in bfloat16. Which recipe fits depends on the
-# card and on the main memory: an A100 takes all of it, an L4 gets the blocks one after the other from main memory, and
-# a T4 on a machine with little main memory needs the transformer in 4 bits.
+# In bfloat16 the transformer takes 24 GB and the text encoders 10 GB. An A100 holds all of it. An L4 gets one block
+# after the other from main memory. A T4 on a machine with little main memory needs the transformer in 4 bits.
 
 # %%
 GIB = 2**30
 
 
 def choose_recipe(gpu_gib, main_gib):
-    """How to fit FLUX.1 into so many GiB of GPU and main memory: "gpu", "group" or "nf4"."""
+    """How to fit FLUX.1 into so many GiB of GPU memory and main memory: "gpu", "group" or "nf4"."""
     if gpu_gib >= 38:
         return "gpu"
     return "group" if main_gib >= 40 else "nf4"
@@ -162,8 +158,8 @@ compare(photo, result)
 # %% [markdown]
 # ## Strengths of DINO
 #
-# Of a detail. Size and tiles stay the same, so DINO looks once. 0 is off, 1 is full. They differ the more, the more
-# noise an enlargement starts from.
+# 0 is off, 1 is full. Here they are tried on a detail, and DINO looks at it only once. The more noise an enlargement
+# starts from, the more the strengths differ.
 
 # %%
 upscaler, size = (pipe, call) if HAS_GPU else (small, {"upscale_factor": 4})
@@ -191,8 +187,8 @@ if upscaler.dino_projector is not None:
 # %% [markdown]
 # ## Train your own
 #
-# A folder of sharp photos is enough; `docs/training.md` is the guide. An hour on a small card is a start, not a
-# projector to publish.
+# A folder of sharp photos is enough; `docs/training.md` is the guide. An hour on a small GPU is a start, no projector
+# to publish.
 
 # %%
 PHOTOS = ""  # a folder

@@ -16,8 +16,7 @@ from PIL import ExifTags, Image, PngImagePlugin
 from test_image_files import png_bytes, tiff_bytes
 from test_upscale_cli import SCRIPT, photo, run
 
-from flux_dino_tile.enlargers import BicubicEnlarger
-from tiny_models import ROOT
+from flux_dino_tile import upscale
 
 
 def noise(size=(64, 64)):
@@ -347,16 +346,3 @@ def test_a_killed_run_leaves_whole_files_and_the_next_does_the_rest(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert re.fullmatch(r"\d+ done, [1-9]\d* skipped, 0 failed", done.stdout.splitlines()[-1])
     assert len(list(output.glob("*.png"))) == 12
-
-
-# The page that lists all this
-
-
-def test_the_reliability_page_names_tests_that_are_there():
-    text = (ROOT / "docs" / "reliability.md").read_text()
-    file = None
-    names = re.findall(r"`(test_\w+\.py)?(?:::(\w+))?`", text)
-    assert len(names) > 50
-    for name, function in names:
-        file = name or file
-        assert not function or f"\ndef {function}(" in (ROOT / "tests" / file).read_text(), (file, function)
