@@ -110,6 +110,8 @@ def test_after_the_last_step_the_latents_are_only_decoded(monkeypatch, output_ty
         ({"latents": LATENTS * torch.nan}, "`latents` must be free of NaN"),
         ({"frozen_tiles": [6]}, r"`frozen_tiles` must be numbers of the plan's 6 tiles, but is \[6\]"),
         ({"frozen_tiles": [-1]}, "`frozen_tiles` must be numbers of the plan's 6 tiles"),
+        ({"frozen_tiles": 3}, "`frozen_tiles` must be numbers of the plan's 6 tiles, but is 3"),
+        ({"frozen_tiles": None}, "`frozen_tiles` must be numbers of the plan's 6 tiles, but is None"),
         ({"frozen_tiles": ["sky"]}, "`frozen_tiles` must be numbers of the plan's 6 tiles"),
         ({"frozen_tiles": [0], "frozen_latents": LATENTS[:, 1:]}, r"`frozen_latents` must be a tensor of shape \(1,"),
     ],
