@@ -97,7 +97,11 @@ def test_a_swapped_object_is_suspect_at_its_place(pipe):
     ("size", "plan_size", "message"),
     [
         (SIZE, 384, r"`plan` must be of this picture, .* are \(256, 256\), but is \(384, 384\)"),
-        (384, 384, r"`dino_embeds` must be the input's features, of shape \(16, 1, 4, 4, 24\), but is of shape \(9,"),
+        (
+            384,
+            384,
+            r"`dino_embeds` must be the input's features, of shape \(16, 1, 4, 4, 24\), but is Tensor of shape \(9,",
+        ),
     ],
 )
 def test_what_belongs_to_another_picture_is_refused(pipe, size, plan_size, message):

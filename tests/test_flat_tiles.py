@@ -109,7 +109,10 @@ def test_sizes_and_tiles_are_those_of_a_call():
     [
         ({"max_contrast": 2}, "`max_contrast` must be a number from 0 to 1, a contrast, but is 2"),
         ({"max_contrast": True}, "`max_contrast` must be a number from 0 to 1, a contrast, but is True"),
-        ({"dino_embeds": torch.ones(4, 1, 4, 4, 24)}, "`dino_embeds` must be of the 9 tiles of this image, but is of"),
+        (
+            {"dino_embeds": torch.ones(4, 1, 4, 4, 24)},
+            "`dino_embeds` must be of the 9 tiles of this image, but is Tensor of",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(kwargs, message):
