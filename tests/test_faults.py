@@ -16,7 +16,8 @@ from PIL import ExifTags, Image, PngImagePlugin
 from test_image_files import png_bytes, tiff_bytes
 from test_upscale_cli import SCRIPT, photo, run
 
-from flux_dino_tile import upscale
+from flux_dino_tile.enlargers import BicubicEnlarger
+from tiny_models import ROOT
 
 
 def noise(size=(64, 64)):
@@ -346,3 +347,6 @@ def test_a_killed_run_leaves_whole_files_and_the_next_does_the_rest(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert re.fullmatch(r"\d+ done, [1-9]\d* skipped, 0 failed", done.stdout.splitlines()[-1])
     assert len(list(output.glob("*.png"))) == 12
+
+
+# The page that lists all this
