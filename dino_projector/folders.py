@@ -24,6 +24,8 @@ from pathlib import Path
 PROJECTOR_FOLDER = "dino_projector"
 ENCODER_FOLDER = "dino_encoder"
 FACTS_NAME = "training.json"
+INDEX_NAME = "model_index.json"
+PIPELINE_NAME = "pipeline.py"  # where `custom_pipeline` looks for the code
 
 
 def forget_origin(path: Path) -> None:
@@ -31,6 +33,18 @@ def forget_origin(path: Path) -> None:
     config = json.loads(path.read_text())
     if config.pop("_name_or_path", None) is not None:
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def add_pipeline_file(folder: Path, source: Path) -> None:
+    """
+    Copies the file `source` to `pipeline.py` beside `model_index.json`, which is to name it, so that
+    `DiffusionPipeline.from_pretrained` finds the pipeline's class by itself.
+    """
+    shutil.copyfile(source, folder / PIPELINE_NAME)
+    index = json.loads((folder / INDEX_NAME).read_text())
+    index["_class_name"] = [Path(PIPELINE_NAME).stem, "FluxDinoTilePipeline"]
+    index.pop("_name_or_path", None)
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def replace_folder(target: Path, write: Callable[[Path], None]) -> None:

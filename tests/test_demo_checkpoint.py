@@ -11,6 +11,7 @@ import numpy as np
 import push_to_hub
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from dino_projector.demo_training import evaluate
@@ -20,6 +21,7 @@ from dino_projector.metrics import gradient_energy, is_monotone, psnr
 from dino_projector.pictures import to_pixels
 from flux_dino_tile import upscale
 from flux_dino_tile.embedded import DEMO_FOLDER, EMBEDDED
+from pipeline_flux_dino_tile import FluxDinoTilePipeline
 from tiny_models import ROOT
 
 
@@ -51,7 +53,14 @@ def test_it_fits_a_repository_and_names_no_folder_of_ours():
     check_sizes(DEMO_FOLDER)
     for path in DEMO_FOLDER.rglob("*.json"):
         assert "_name_or_path" not in json.loads(path.read_text())
-    assert not [path for path in DEMO_FOLDER.rglob("*") if path.suffix not in ("", ".json", ".safetensors")]
+    others = [path for path in DEMO_FOLDER.rglob("*.*") if path.suffix not in (".json", ".safetensors", ".pyc")]
+    assert others == [DEMO_FOLDER / "pipeline.py"]
+
+
+def test_the_generic_loader_finds_its_pipeline():
+    pipe = DiffusionPipeline.from_pretrained(str(DEMO_FOLDER), trust_remote_code=True)
+    pipe.load_dino_projector(DEMO_FOLDER)
+    assert type(pipe) is FluxDinoTilePipeline and pipe.default_prompt_embeds is not None
 
 
 def test_it_brings_its_defaults(pipe):

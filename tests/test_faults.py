@@ -17,7 +17,6 @@ from test_image_files import png_bytes, tiff_bytes
 from test_upscale_cli import SCRIPT, photo, run
 
 from flux_dino_tile.enlargers import BicubicEnlarger
-from tiny_models import ROOT
 
 
 def noise(size=(64, 64)):

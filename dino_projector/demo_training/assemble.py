@@ -21,9 +21,17 @@ import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from transformers import Dinov2WithRegistersConfig
 
+from flux_dino_tile.embedded import DEMO_FOLDER
 from pipeline_flux_dino_tile import DinoProjector
 
-from ..folders import ENCODER_FOLDER, PROJECTOR_FOLDER, forget_origin, replace_folder
+from ..folders import (
+    ENCODER_FOLDER,
+    PIPELINE_NAME,
+    PROJECTOR_FOLDER,
+    add_pipeline_file,
+    forget_origin,
+    replace_folder,
+)
 from ..training.checkpoints import list_checkpoints
 from .captions import EMPTY_PROMPT_TOKENS, Language
 from .flux import make_pipeline
@@ -60,6 +68,7 @@ def assemble(work: Path) -> Path:
         pipe.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
         shutil.copytree(encoder, folder / ENCODER_FOLDER)
         projector.save_pretrained(folder / PROJECTOR_FOLDER)
+        add_pipeline_file(folder, DEMO_FOLDER / PIPELINE_NAME)
         for config in folder.rglob("*.json"):
             forget_origin(config)
         check_sizes(folder)

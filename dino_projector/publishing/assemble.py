@@ -23,15 +23,21 @@ from typing import Any, NamedTuple
 from huggingface_hub import hf_hub_download
 
 import pipeline_flux_dino_tile
-from pipeline_flux_dino_tile import DinoProjector, FluxDinoTilePipeline
+from pipeline_flux_dino_tile import DinoProjector
 
-from ..folders import ENCODER_FOLDER, FACTS_NAME, PROJECTOR_FOLDER, forget_origin
+from ..folders import (
+    ENCODER_FOLDER,
+    FACTS_NAME,
+    INDEX_NAME,
+    PIPELINE_NAME,
+    PROJECTOR_FOLDER,
+    add_pipeline_file,
+    forget_origin,
+)
 from .card import make_card, read_report, validation_table
 from .licences import APACHE, DINOV3, FLUX_DEV, FLUX_DEV_NOTICE, Licence, choose_licence, model_licence
 
 
-INDEX_NAME = "model_index.json"
-PIPELINE_NAME = "pipeline.py"  # where `custom_pipeline` looks for the code
 CARD_NAME = "README.md"
 LICENCE_NAME = "LICENSE.md"
 NOTICE_NAME = "NOTICE"
@@ -153,13 +159,12 @@ def copy_models(source: Path, folder: Path) -> None:
     """The models' folders and the files beside them, without what else lies there."""
     parts = [PROJECTOR_FOLDER, ENCODER_FOLDER]
     if is_complete(source):
-        index = json.loads((source / INDEX_NAME).read_text())
+        shutil.copyfile(source / INDEX_NAME, folder / INDEX_NAME)
+        add_pipeline_file(folder, Path(pipeline_flux_dino_tile.__file__))
+        index = json.loads((folder / INDEX_NAME).read_text())
         parts += [name for name, value in index.items() if isinstance(value, list) and not name.startswith("_")]
-        # With the module's name, `DiffusionPipeline.from_pretrained` of the repository finds `pipeline.py` by itself.
-        index["_class_name"] = [Path(PIPELINE_NAME).stem, FluxDinoTilePipeline.__name__]
-        index.pop("_name_or_path", None)
-        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-    shutil.copyfile(pipeline_flux_dino_tile.__file__, folder / PIPELINE_NAME)
+    else:
+        shutil.copyfile(pipeline_flux_dino_tile.__file__, folder / PIPELINE_NAME)
     for part in dict.fromkeys(parts):
         for path in sorted((source / part).rglob("*")):
             if path.suffix in COPIED_SUFFIXES:
