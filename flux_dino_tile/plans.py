@@ -47,6 +47,19 @@ def plan_picture(size: tuple[int, int], options: Options, architecture: Architec
     return plan_tiles(size[1], size[0], tile_size, options.tile_overlap, architecture.pixels_per_token)
 
 
+def check_tiles(jobs: list[Job], options: Options) -> None:
+    """Finds out before a model is loaded for which images the options leave no tiles."""
+    architecture = read_architecture(options.model, options.projector)
+
+    def check(job: Job) -> str:
+        plan_picture(target_size(upright_size(job.source), options.scale), options, architecture)
+        return job.outcome
+
+    for job in jobs:
+        if job.outcome == "ready":
+            run_step(check, job)
+
+
 def print_plan(job: Job, options: Options, architecture: Architecture, totals: Counter) -> str:
     size = upright_size(job.source)
     width, height = target_size(size, options.scale)

@@ -29,7 +29,6 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from .architecture import read_architecture
 from .enlargers import BicubicEnlarger, software_text
 from .image_files import (
     can_be_written_in_strips,
@@ -53,7 +52,7 @@ from .jobs import (
 )
 from .messages import COMMAND, print_error, print_line, run_script
 from .options import Options, parse_arguments
-from .plans import plan_picture, print_plans
+from .plans import check_tiles, print_plans
 from .processes import Processes
 
 
@@ -120,19 +119,6 @@ def upscale(jobs: list[Job], options: Options) -> None:
     if len(jobs) > 1 and processes.is_first:
         outcomes = count_outcomes(jobs)
         print_line(", ".join(f"{outcomes[outcome]} {outcome}" for outcome in ("done", "skipped", "failed")))
-
-
-def check_tiles(jobs: list[Job], options: Options) -> None:
-    """Finds out before a model is loaded for which images the options leave no tiles."""
-    architecture = read_architecture(options.model, options.projector)
-
-    def check(job: Job) -> str:
-        plan_picture(target_size(upright_size(job.source), options.scale), options, architecture)
-        return job.outcome
-
-    for job in jobs:
-        if job.outcome == "ready":
-            run_step(check, job)
 
 
 def make_enlarger(options: Options, processes: Processes, shares_tiles: bool, jobs: list[Job]):
