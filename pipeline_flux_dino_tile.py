@@ -210,8 +210,10 @@ def check_finite(values: torch.Tensor, what: str, remedy: str, cell: int = 0, to
     """
     if values.isfinite().all():
         return
-    row, column = (~values.isfinite()).flatten(0, -3).any(0).nonzero()[0].tolist()
-    place = f" at {row * cell + top} px from the top, {column * cell} px from the left" if cell else ""
+    place = ""
+    if cell:
+        row, column = (~values.isfinite()).flatten(0, -3).any(0).nonzero()[0].tolist()
+        place = f" at {row * cell + top} px from the top, {column * cell} px from the left"
     raise FloatingPointError(f"NaN or infinite values in {what}{place}. {remedy}")
 
 
@@ -723,7 +725,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         folder = Path(place)
         if isinstance(place, Path) and not folder.is_dir():
             raise OSError(f"There is no folder {folder}.")
-        if folder.is_dir() and not (folder / subfolder).is_dir():
+        if (folder / "config.json").is_file() and not (folder / subfolder).is_dir():
             folder, subfolder = folder.parent, folder.name
         location: dict[str, Any] = {"revision": revision, "token": token}
         config = DinoProjector.load_config(str(folder), subfolder=subfolder, **location)
