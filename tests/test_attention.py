@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from pipeline_flux_dino_tile import (
     FluxDinoAttnProcessor,
-    cpu_attention_with_lse,
+    cudnn_attention_with_lse,
+    flash_attention_with_lse,
     merge_attention,
     select_lse_attention,
 )
@@ -118,7 +119,7 @@ def test_blocks_equal_a_float64_softmax(kind, fused, path, scale):
     for seed in range(3):
         arguments = inputs(kind, seed)
         expected = expected_output(block(kind, seed), kind, arguments, log_bias(scale))
-        lse_attention = cpu_attention_with_lse if path == "merge" else None
+        lse_attention = flash_attention_with_lse if path == "merge" else None
         processor = FluxDinoAttnProcessor(DINO, lse_attention)
         for out, wanted in zip(run(block(kind, seed, fused), arguments, processor, log_bias(scale)), expected):
             torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-5)
@@ -129,7 +130,7 @@ def test_the_merge_takes_a_strength_for_each_sample(kind):
     """A sample of strength 0 is as if its DINO keys were not there."""
     arguments, bias = inputs(kind, 0), log_bias([0.4, 0.0])
     expected = expected_output(block(kind, 0), kind, arguments, bias)
-    processor = FluxDinoAttnProcessor(DINO, cpu_attention_with_lse)
+    processor = FluxDinoAttnProcessor(DINO, flash_attention_with_lse)
     for out, wanted in zip(run(block(kind, 0), arguments, processor, bias), expected):
         torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-5)
 
@@ -138,7 +139,7 @@ def test_the_merge_takes_a_strength_for_each_sample(kind):
 def test_without_a_bias_it_is_the_stock_processor_bit_for_bit(kind):
     arguments = inputs(kind, 1)
     stock = run(block(kind, 1), arguments, FluxAttnProcessor(), None)
-    ours = run(block(kind, 1), arguments, FluxDinoAttnProcessor(DINO, cpu_attention_with_lse), None)
+    ours = run(block(kind, 1), arguments, FluxDinoAttnProcessor(DINO, flash_attention_with_lse), None)
     assert all(torch.equal(a, b) for a, b in zip(stock, ours))
 
 
@@ -156,7 +157,7 @@ def test_backends_that_take_a_mask_give_the_same(backend):
 def test_training_takes_the_bias_because_the_merge_has_no_gradient():
     """The gradient for the DINO tokens equals that of the naive softmax."""
     attn, arguments, bias = block("single", 3), inputs("single", 3), log_bias(0.5)
-    attn.set_processor(FluxDinoAttnProcessor(DINO, cpu_attention_with_lse))
+    attn.set_processor(FluxDinoAttnProcessor(DINO, flash_attention_with_lse))
     states = arguments["hidden_states"].requires_grad_()
     attn(**arguments, attention_mask=bias).square().sum().backward()
     gradient = states.grad.clone()
@@ -176,7 +177,7 @@ def test_merging_two_groups_of_keys_is_one_softmax(case):
     bias = torch.zeros(num_rest + num_dino)
     bias[num_rest:] = log_scale
     groups = [
-        cpu_attention_with_lse(query, key[:, :, keys], value[:, :, keys])
+        flash_attention_with_lse(query, key[:, :, keys], value[:, :, keys])
         for keys in (slice(num_rest), slice(num_rest, None))
     ]
     merged = merge_attention(*groups[0], *groups[1], torch.tensor(log_scale))
@@ -184,17 +185,22 @@ def test_merging_two_groups_of_keys_is_one_softmax(case):
     torch.testing.assert_close(merged.double(), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_lse_attention_is_chosen_by_backend_device_and_dtype():
-    native, cudnn, flash, math_backend = (
-        AttentionBackendName(name) for name in ("native", "_native_cudnn", "_native_flash", "_native_math")
-    )
-    cpu, mps = torch.device("cpu"), torch.device("mps")
-    assert select_lse_attention(native, cpu, torch.float32) is cpu_attention_with_lse
-    assert select_lse_attention(math_backend, cpu, torch.float32) is None
-    assert select_lse_attention(native, mps, torch.bfloat16) is None
-    for backend in (cudnn, flash):
-        assert select_lse_attention(backend, torch.device("cuda"), torch.float32) is None
-        assert select_lse_attention(backend, torch.device("cuda"), torch.bfloat16) is not None
+@pytest.mark.parametrize(("capability", "native"), [((9, 0), "cudnn"), ((8, 9), "flash"), ((10, 0), "cudnn")])
+def test_lse_attention_is_chosen_by_backend_device_and_dtype(monkeypatch, capability, native):
+    """cuDNN's is the fastest from Hopper on."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    cpu, mps, cuda = torch.device("cpu"), torch.device("mps"), torch.device("cuda")
+    assert select_lse_attention("native", cpu, torch.float32) is flash_attention_with_lse
+    assert select_lse_attention("_native_math", cpu, torch.float32) is None
+    assert select_lse_attention("native", mps, torch.bfloat16) is None
+    kernels = {"cudnn": cudnn_attention_with_lse, "flash": flash_attention_with_lse}
+    expected = {"_native_cudnn": kernels["cudnn"], "_native_flash": kernels["flash"], "native": kernels[native]}
+    for backend, kernel in expected.items():
+        assert select_lse_attention(backend, cuda, torch.float32) is None
+        for dtype in (torch.bfloat16, torch.float16):
+            assert select_lse_attention(backend, cuda, dtype) is kernel
+    for backend in ("_native_math", "flex", "flash", "xformers"):
+        assert select_lse_attention(backend, cuda, torch.bfloat16) is None
 
 
 @pytest.mark.gpu
@@ -203,15 +209,20 @@ def test_lse_attention_is_chosen_by_backend_device_and_dtype():
 @pytest.mark.parametrize("scale", [0.05, 0.6, 2.0])
 def test_merge_on_cuda_kernels(backend, scale):
     """bf16 inputs: the error against float64 is that of the kernel, below 1 %."""
-    lse_attention = select_lse_attention(AttentionBackendName(backend), torch.device("cuda"), torch.bfloat16)
+    lse_attention = select_lse_attention(backend, torch.device("cuda"), torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
     # Laid out as the projections give them: tokens before heads, so that the groups of keys are strided views.
     query, key, value = (torch.randn(2, 1280, 24, 128, generator=generator).bfloat16().cuda() for _ in range(3))
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     bias = torch.zeros(1280, device="cuda")
     bias[:256] = math.log(scale)
-    processor = FluxDinoAttnProcessor(256, lse_attention)
     expected = softmax_attention(query, key, value, bias)
-    for attend in (processor.attend, torch.compile(processor.attend, fullgraph=True)):
-        merged = attend(query, key, value, bias[0].view(1, 1, 1))
+
+    def attend(query, key, value, log_scale):
+        groups = (slice(256, None), slice(256))
+        rest, dino = (lse_attention(query, key[:, :, keys], value[:, :, keys]) for keys in groups)
+        return merge_attention(*rest, *dino, log_scale)
+
+    for function in (attend, torch.compile(attend, fullgraph=True)):
+        merged = function(query, key, value, bias[0].view(1, 1, 1))
         assert ((merged.double() - expected).norm() / expected.norm()).item() < 1e-2

@@ -63,6 +63,25 @@ def test_the_loader_finds_one_pipeline():
     assert classes == ["FluxDinoTilePipeline"]
 
 
+def test_nothing_is_put_into_other_libraries():
+    """In a fresh process: no module of diffusers or transformers gets a name of this file."""
+    code = """
+import sys
+import diffusers, transformers, pipeline_flux_dino_tile
+own = pipeline_flux_dino_tile.__name__
+for name, module in sorted(sys.modules.items()):
+    if name.split(".")[0] in ("diffusers", "transformers", "torch"):
+        for key, value in list(vars(module).items()):
+            if getattr(value, "__module__", None) == own or value is pipeline_flux_dino_tile:
+                print(name, key)
+from diffusers import FluxImg2ImgPipeline
+assert pipeline_flux_dino_tile.FluxDinoTilePipeline.__mro__[1] is FluxImg2ImgPipeline
+print("looked at", sum(name.startswith("diffusers") for name in sys.modules) > 20)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("looked at True\n", 0), done.stderr
+
+
 def test_the_entry_is_a_row_of_the_table_with_its_section():
     guide = GUIDE.read_text()
     (row,) = re.findall(r"^\| FLUX.*$", guide, re.MULTILINE)

@@ -1,19 +1,16 @@
-"""`compile_for_upscaling`: the same result from few graphs, and none more for another size, strength or tile count."""
-
-from itertools import pairwise
+"""The documented recipe: compiled blocks and VAE, an explicit tile size; one warm-up serves every later picture."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from pipeline_flux_dino_tile import plan_tiles
 from tiny_models import ROOT, tiny_pipeline
 
 
 PHOTO = Image.open(ROOT / "samples" / "photo.jpg").convert("RGB")
-SCALES = (0, 0.5, 1)
-TILES = {"tile_size": 48, "tile_overlap": 16, "tile_batch_size": 2}
+SCALES = (0.5, 1, 2)
+TILES = {"tile_size": 48, "tile_overlap": 16}
 
 
 class CountingBackend:
@@ -28,106 +25,74 @@ class CountingBackend:
 
 
 def run(pipe, size: tuple[int, int], scale: float, **settings) -> np.ndarray:
-    return pipe(
-        image=PHOTO.resize(size),
-        upscale_factor=1,
-        dino_conditioning_scale=scale,
-        max_sequence_length=16,
-        num_inference_steps=2,
-        output_type="np",
-        generator=torch.Generator().manual_seed(0),
-        **settings,
-    ).images
+    call = {"num_inference_steps": 2, "max_sequence_length": 16, "output_type": "np", **TILES, **settings}
+    image, noise = PHOTO.resize(size), torch.Generator().manual_seed(0)
+    return pipe(image=image, upscale_factor=1, dino_conditioning_scale=scale, generator=noise, **call).images
 
 
-@pytest.fixture(scope="module")
-def compiled():
-    """A compiled pipeline that has run once, its backend, and the results of all strengths before compiling."""
+def compile_pipeline(pipe, backend) -> None:
+    """The recipe; only the backend is another."""
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=backend)
+    pipe.vae.encoder.compile(backend=backend)
+    pipe.vae.decoder.compile(backend=backend)
+
+
+@pytest.fixture(params=[0.3, 1], ids=["warm-up at strength 0.3", "warm-up at strength 1"])
+def compiled(request):
+    """A compiled pipeline that has made one picture, its backend, and the same pipeline as it was."""
     torch._dynamo.reset()
-    pipe, backend = tiny_pipeline(dino="dinov2"), CountingBackend()
-    expected = {scale: run(pipe, (96, 64), scale, **TILES) for scale in SCALES}
-    pipe.compile_for_upscaling(backend=backend)
-    run(pipe, (96, 64), 0.3, **TILES)
-    yield pipe, backend, expected
+    pipe, plain, backend = tiny_pipeline(dino="dinov2"), tiny_pipeline(dino="dinov2"), CountingBackend()
+    compile_pipeline(pipe, backend)
+    run(pipe, (96, 64), request.param)
+    yield pipe, backend, plain
     torch._dynamo.reset()
 
 
-def test_transformer_takes_three_graphs_and_the_vae_two(compiled):
-    assert compiled[1].graphs == 3 + 2
-
-
-@pytest.mark.parametrize("scale", SCALES)
-def test_compiled_gives_the_same(compiled, scale):
-    pipe, _, expected = compiled
-    np.testing.assert_allclose(run(pipe, (96, 64), scale, **TILES), expected[scale], atol=1e-5)
-
-
-def test_nothing_is_compiled_again(compiled):
-    """Sizes of 12, 2, 9 and 1 tiles, every strength, steps with and without DINO, and flat tiles left out."""
-    pipe = compiled[0]
+def test_one_warm_up_serves_every_size_and_strength(compiled):
+    """Pictures of 12, 2, 9 and 1 tiles, each as it is without compiling; and the VAE's residual."""
+    pipe, backend, plain = compiled
+    graphs = backend.graphs
+    # Three for the blocks, the VAE's encoder and decoder.
+    assert graphs == 3 + 2
     with torch._dynamo.config.patch(error_on_recompile=True):
         for size in ((160, 112), (80, 48), (112, 112), (48, 48)):
-            for scale in (0, 0.3, 1, 2):
-                run(pipe, size, scale, **TILES)
-        run(pipe, (96, 64), 0.5, dino_guidance_start=0.5, **TILES)
-        run(pipe, (96, 64), 0.5, skip_flat_tiles=0.1, **TILES)
-    assert compiled[1].graphs == 3 + 2
+            for scale in SCALES:
+                np.testing.assert_allclose(run(pipe, size, scale), run(plain, size, scale), atol=1e-5)
+        run(pipe, (80, 64), 0.7, vae_residual=True, start_sigma=0.9)
+        run(pipe, (80, 64), 0.7, frozen_tiles=[1])
+    assert backend.graphs == graphs
 
 
-def test_another_tile_size_would_be_compiled_again(compiled):
-    """The check above can fail."""
+def test_without_dino_tokens_it_is_compiled_once_more(compiled):
+    """Strength 0, and steps outside of the window, have no DINO tokens; then both forms are there."""
+    pipe, backend, plain = compiled
+    for settings in ({"scale": 0}, {"scale": 0.5, "dino_guidance_start": 0.5}):
+        np.testing.assert_allclose(run(pipe, (96, 64), **settings), run(plain, (96, 64), **settings), atol=1e-5)
+    graphs = backend.graphs
+    assert graphs > 3 + 2
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for scale in (0, 0.3, 1, 0, 2):
+            run(pipe, (160, 112), scale)
+        run(pipe, (80, 48), 1, dino_guidance_end=0.5)
+    assert backend.graphs == graphs
+
+
+def test_another_tile_size_is_compiled_again(compiled):
+    """So that the checks above can fail."""
     with torch._dynamo.config.patch(error_on_recompile=True), pytest.raises(torch._dynamo.exc.RecompileError):
-        run(compiled[0], (96, 64), 0, **{**TILES, "tile_size": 64})
+        run(compiled[0], (96, 64), 0.5, tile_size=64)
 
 
-def test_a_backend_without_masks_runs_compiled_at_strengths_0_and_1(compiled):
-    """There the DINO tokens have no place in a graph without them, and the backend's own kernel is kept."""
-    pipe = tiny_pipeline(dino="dinov2")
-    assert pipe.find_obstacle_to_strength() is None
+@pytest.mark.parametrize("scale", [0, 1])
+def test_a_backend_without_masks_runs_compiled_at_strengths_0_and_1(scale):
+    """There strength 1 carries no bias, which the backend would refuse."""
+    torch._dynamo.reset()
+    pipe, plain = tiny_pipeline(dino="dinov2"), tiny_pipeline(dino="dinov2")
+    expected = run(plain, (96, 64), scale)
     for processor in pipe.transformer.attn_processors.values():
         processor._attention_backend = "_native_flash"
-    assert "'_native_flash'" in pipe.find_obstacle_to_strength()
-
-
-def test_the_planner_keeps_to_the_first_tile_size():
-    pipe = tiny_pipeline()
-    free = pipe.plan_tiles(4096, 4096)
-    pipe.compile_for_upscaling(backend="eager")
-    assert pipe.plan_tiles(4096, 4096) == free
-    run(pipe, (64, 48), 0, tile_overlap=16)
-    for size in ((48, 64), (2048, 3072)):
-        plan = pipe.plan_tiles(*size, tile_overlap=16)
-        assert (plan.tile_height, plan.tile_width) == (48, 64)
-    assert pipe.plan_tiles(2048, 3072, tile_size=512).tile_height == 512
+    compile_pipeline(pipe, CountingBackend())
+    with pytest.raises(ValueError, match=r"`dino_conditioning_scale` must be 0 or 1 with .*'_native_flash'"):
+        run(pipe, (96, 64), 0.5)
+    np.testing.assert_allclose(run(pipe, (96, 64), scale), expected, atol=1e-5)
     torch._dynamo.reset()
-
-
-def test_a_kept_tile_size_may_overlap_a_little_less_to_save_a_row_of_tiles():
-    """1072 px, planned for 4096 px, at 8192 px: nine tiles across with 64 px of overlap, eight with 48 or more."""
-    pipe = tiny_pipeline()
-    assert len(plan_tiles(8192, 8192, 1072, 64)) == 81
-    pipe._kept_tile_size = (1072, 1072)
-    plan = pipe.plan_tiles(8192, 8192)
-    overlaps = {start + plan.tile_width - following for start, following in pairwise(plan.lefts)}
-    assert len(plan) == 64 and overlaps == {48, 64}
-    # Where it saves nothing, the overlap is what was asked for.
-    assert pipe.plan_tiles(4096, 4096) == plan_tiles(4096, 4096, 1072, 64)
-
-
-@pytest.mark.parametrize(
-    ("compiled", "size", "expected"),
-    [(False, 3, [[0, 1, 2], [3, 4]]), (True, 3, [[0, 1, 2], [3, 4, 4]]), (True, 8, [[0, 1, 2, 3, 4, 4, 4, 4]])],
-)
-def test_batches_of_a_compiled_transformer_are_filled_up(monkeypatch, compiled, size, expected):
-    pipe = tiny_pipeline()
-    monkeypatch.setattr(type(pipe), "is_compiled", compiled)
-    assert pipe.get_tile_batches([0, 1, 2, 3, 4], size) == expected
-    assert pipe.get_tile_batches([], size) == []
-
-
-def test_group_offloading_cannot_be_compiled():
-    pipe = tiny_pipeline()
-    pipe.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
-    with pytest.raises(ValueError, match="does not work with group or sequential offloading"):
-        pipe.compile_for_upscaling()
-    assert not pipe.is_compiled

@@ -2,25 +2,30 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
-import worker_runs
 from PIL import Image
-from safetensors.torch import load_file
-from worker_runs import NUM_STEPS, enlarge
 
-from pipeline_flux_dino_tile import CHECKPOINT_NAME
 from tiny_models import save_tiny_pipeline, tiny_pipeline
 
 
-NUM_TILES = 6
+NUM_TILES, NUM_STEPS = 6, 3
+PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8))
 
 
 @pytest.fixture
-def pipe(monkeypatch):
-    """A pipeline of its own for `enlarge`, to be changed."""
-    monkeypatch.setattr(worker_runs, "PIPE", tiny_pipeline(dino="dinov2"))
-    return worker_runs.PIPE
+def pipe():
+    """Of its own for each test, to be changed."""
+    return tiny_pipeline(dino="dinov2")
+
+
+def enlarge(pipe, **kwargs):
+    """Six tiles of 48 x 48 px in three steps; latents unless `kwargs` say otherwise."""
+    settings = {"image": PHOTO, "upscale_factor": 2, "prompt": "a photo", "start_sigma": 0.6}
+    settings |= {"num_inference_steps": NUM_STEPS, "max_sequence_length": 16, "tile_size": 48, "tile_overlap": 16}
+    settings |= {"dino_conditioning_scale": 0.5, "output_type": "latent"}
+    return pipe(**{**settings, "generator": torch.Generator().manual_seed(0), **kwargs}).images
 
 
 def spoil_call(model, number, value):
@@ -37,65 +42,66 @@ def spoil_call(model, number, value):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("fusion", ["step", "final"])
 @pytest.mark.parametrize(("call", "step", "sigma", "top", "left"), [(0, 1, "0.6", 0, 0), (10, 2, "0.4", 16, 32)])
-def test_velocity_of_one_tile(pipe, value, fusion, call, step, sigma, top, left):
+def test_velocity_of_one_tile(pipe, value, call, step, sigma, top, left):
     """Six tiles, so the eleventh call of the transformer is for the fifth tile in the second step."""
     spoil_call(pipe.transformer, call, value)
     plan = pipe.plan_tiles(64, 96, 48, 16)
     assert (plan[call % NUM_TILES].top, plan[call % NUM_TILES].left) == (top, left)
+    # The last of the tile's 6 x 6 cells.
     message = (
-        f"NaN or infinite values in the velocity at step {step} of {NUM_STEPS}, sigma {sigma}, in 1 of 6 tiles,"
-        f" first in that at top {top}, left {left} px."
+        f"NaN or infinite values in the velocity at step {step} of {NUM_STEPS}, sigma {sigma}, at {top + 40} px"
+        f" from the top, {left + 40} px from the left. Check the weights"
     )
     with pytest.raises(FloatingPointError, match=re.escape(message)):
-        enlarge(tile_fusion=fusion)
+        enlarge(pipe)
 
 
 def test_several_tiles_of_a_batch(pipe):
     pipe.transformer.proj_out.bias.data[3] = torch.nan
-    with pytest.raises(
-        FloatingPointError, match=r"at step 1 of 3, sigma 0.6, in 6 of 6 tiles, first in that at top 0"
-    ):
-        enlarge(tile_batch_size=4)
+    # The fourth element of a token is the lower right of its four cells.
+    message = "at step 1 of 3, sigma 0.6, at 8 px from the top, 8 px from the left"
+    with pytest.raises(FloatingPointError, match=message):
+        enlarge(pipe, tile_batch_size=4)
 
 
 def test_the_negative_branch(pipe):
     spoil_call(pipe.transformer, 3, torch.nan)
-    with pytest.raises(FloatingPointError, match=r"at step 1 of 3, sigma 0.6, in 1 of 6 tiles, first .* left 32 px"):
-        enlarge(negative_prompt="blur", true_cfg_scale=2.0)
+    # The second call for the second tile, which begins 32 px from the left.
+    message = "at step 1 of 3, sigma 0.6, at 40 px from the top, 72 px from the left"
+    with pytest.raises(FloatingPointError, match=message):
+        enlarge(pipe, negative_prompt="blur", true_cfg_scale=2.0)
 
 
-def test_latents_from_a_callback():
+def test_latents_from_a_callback(pipe):
     def spoil(pipeline, index, timestep, kwargs):
         if index == 1:
             kwargs["latents"][0, -1, 0] = torch.nan
         return kwargs
 
-    message = (
-        "in the latents from the callback at step 2 of 3, sigma 0.4, in 1 of 6 tiles, first in that at top 16, left 48"
-    )
+    message = "in the latents from the callback at step 2 of 3, sigma 0.4, at 48 px from the top, 80 px from the left"
     with pytest.raises(FloatingPointError, match=message):
-        enlarge(callback_on_step_end=spoil)
+        enlarge(pipe, callback_on_step_end=spoil)
 
 
-def test_the_checkpoint_is_from_before(pipe, tmp_path):
-    """What is saved is finite, and the run goes on from it."""
-    expected = enlarge()
+def test_the_step_before_is_finite(pipe):
+    """What a callback saw last is finite, and the call goes on from it."""
+    expected = enlarge(pipe)
     weight = pipe.transformer.proj_out.weight
+    seen = []
 
     def break_weight(pipeline, index, timestep, kwargs):
+        seen.append(kwargs["latents"].clone())
         if index == 1:
             weight.data[3, 4] = torch.inf
         return kwargs
 
     value = weight[3, 4].item()
     with pytest.raises(FloatingPointError, match="at step 3 of 3"):
-        enlarge(checkpoint_dir=tmp_path, callback_on_step_end=break_weight)
-    checkpoint = load_file(tmp_path / CHECKPOINT_NAME)
-    assert int(checkpoint["step"]) == 2 and checkpoint["state"].isfinite().all()
+        enlarge(pipe, callback_on_step_end=break_weight)
+    assert len(seen) == 2 and seen[1].isfinite().all()
     weight.data[3, 4] = value
-    assert torch.equal(enlarge(checkpoint_dir=tmp_path), expected)
+    assert torch.equal(enlarge(pipe, latents=seen[1], first_step=2), expected)
 
 
 @pytest.mark.parametrize(
@@ -111,21 +117,21 @@ def test_embeddings_of_the_prompt(pipe, component, prefix):
             output[0 if component == "text_encoder_2" else "pooler_output"][..., 0] = torch.nan
 
     encoder.register_forward_hook(spoil)
-    with pytest.raises(FloatingPointError, match=f"the embeddings of `{prefix}prompt`. T5 overflows in float16"):
-        enlarge(negative_prompt="blur", true_cfg_scale=2.0)
+    with pytest.raises(FloatingPointError, match=r"in the prompt's embeddings\. T5 overflows in float16"):
+        enlarge(pipe, negative_prompt="blur", true_cfg_scale=2.0)
 
 
 def test_dino_tokens_of_one_tile(pipe):
     spoil_call(pipe.dino_encoder, 4, torch.nan)
-    with pytest.raises(FloatingPointError, match=r"the DINO tokens in 1 of 6 tiles, first .* top 16, left 32 px"):
-        enlarge()
+    with pytest.raises(FloatingPointError, match=r"in the DINO tokens\. Check the weights"):
+        enlarge(pipe)
 
 
 def test_a_projector_that_overflows(pipe):
     pipe.dino_projector.gain.data *= 1e38
     pipe.dino_projector.linear_2.weight.data *= 1e10
-    with pytest.raises(FloatingPointError, match="the DINO tokens in 6 of 6 tiles"):
-        enlarge()
+    with pytest.raises(FloatingPointError, match=r"in the DINO tokens\. Check the weights"):
+        enlarge(pipe)
 
 
 # ---- float16 in the VAE --------------------------------------------------------------------------------------------
@@ -133,26 +139,43 @@ def test_a_projector_that_overflows(pipe):
 
 def test_an_encoder_that_overflows_in_float16(pipe):
     pipe.vae.encoder.conv_in.weight.data *= 3e5
-    enlarge()
+    enlarge(pipe)
     pipe.vae.half()
-    message = re.escape("the image as the VAE encodes it in 6 of 6 tiles, first in that at top 0, left 0 px.")
-    with pytest.raises(FloatingPointError, match=f"{message}.*run it in float32 with `pipe.vae.to"):
-        enlarge()
+    message = re.escape("the image as the VAE encodes it at 0 px from the top, 0 px from the left.")
+    with pytest.raises(FloatingPointError, match=f"{message} .* run it in float32 with `pipe.vae.to"):
+        enlarge(pipe)
 
 
-@pytest.mark.parametrize("output_type", ["pil", "np"])
-def test_a_decoder_that_overflows_in_float16_is_run_again_in_float32(pipe, tmp_path, output_type):
+@pytest.mark.parametrize("output_type", ["pil", "np", "strips"])
+def test_a_decoder_that_overflows_in_float16_is_run_again_in_float32(pipe, output_type):
     """As the message says, and without denoising again."""
     pipe.vae.decoder.conv_in.weight.data *= 3e5
     pipe.vae.half()
-    message = re.escape("the result as the VAE decodes it in 3 of 6 tiles, first in that at top 0, left 0 px.")
-    with pytest.raises(FloatingPointError, match=f"{message}.*run it in float32 with `pipe.vae.to"):
-        enlarge(output_type=output_type, checkpoint_dir=tmp_path)
+    seen = []
+
+    def keep(pipeline, index, timestep, kwargs):
+        seen.append(kwargs["latents"].clone())
+        return kwargs
+
+    message = re.escape("the result as the VAE decodes it at 0 px from the top, 0 px from the left.")
+    with pytest.raises(FloatingPointError, match=f"{message} .* run it in float32 with `pipe.vae.to"):
+        list(enlarge(pipe, output_type=output_type, callback_on_step_end=keep))
     pipe.vae.to(torch.float32)
     calls = []
     pipe.transformer.register_forward_hook(lambda *_: calls.append(1))
-    enlarge(output_type=output_type, checkpoint_dir=tmp_path)
+    images = list(enlarge(pipe, output_type=output_type, latents=seen[-1], first_step=NUM_STEPS))
     assert calls == []
+    height = sum(strip.shape[1] for strip in images) if output_type == "strips" else np.asarray(images[0]).shape[0]
+    assert height == 64
+
+
+def test_the_place_in_a_later_strip(pipe):
+    """A strip that is decoded last is counted from the top of the picture."""
+    spoil_call(pipe.vae.decoder, 5, torch.nan)
+    message = "the result as the VAE decodes it at 63 px from the top, 95 px from the left"
+    strips = enlarge(pipe, output_type="strips")
+    with pytest.raises(FloatingPointError, match=message):
+        list(strips)
 
 
 @pytest.mark.parametrize(("dtype", "vae_dtype"), [("float16", torch.float32), ("bfloat16", torch.bfloat16)])

@@ -8,7 +8,14 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    UniPCMultistepScheduler,
+)
 from diffusers.models.attention_dispatch import AttentionBackendName
 from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModel, ViTConfig, ViTModel
@@ -47,6 +54,15 @@ def with_nan(tensor):
     tensor = tensor.clone()
     tensor.view(-1)[-1] = NAN
     return tensor
+
+
+def with_value(tensor, value):
+    tensor = tensor.clone()
+    tensor.view(-1)[-1] = value
+    return tensor
+
+
+DEEP_NEGATIVE = Image.fromarray(np.linspace(-700, 65535, 768).astype(np.int32).reshape(24, 32))
 
 
 # ---- Pipelines whose models must not run ---------------------------------------------------------------------------
@@ -106,6 +122,14 @@ PIPELINES = {
     "native flash": lambda: {"transformer": transformer_with(_attention_backend=AttentionBackendName._NATIVE_FLASH)},
     "parallel": lambda: {"transformer": transformer_with(_parallel_config=object())},
     "karras": lambda: {"scheduler": FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)},
+    "LCM": lambda: {"scheduler": FlowMatchLCMScheduler()},
+    "Heun": lambda: {"scheduler": FlowMatchHeunDiscreteScheduler()},
+    "UniPC": lambda: {"scheduler": UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")},
+    "Euler of another kind": lambda: {"scheduler": EulerDiscreteScheduler()},
+    "DDIM": lambda: {"scheduler": DDIMScheduler()},
+    "Fill": lambda: {"transformer": tiny_transformer(in_channels=40)},
+    "carried prompt": lambda: {"dino_projector": tiny_projector(num_prompt_tokens=8, pooled_dim=POOLED_DIM)},
+    "other pooled width": lambda: {"dino_projector": tiny_projector(num_prompt_tokens=8, pooled_dim=POOLED_DIM + 1)},
 }
 
 
@@ -122,19 +146,31 @@ def pipeline(name: str) -> FluxDinoTilePipeline:
 
 
 def describe(value) -> str:
-    """What a message shows of `value`: shape or type of a tensor, `repr`, type or wrong element of anything else."""
+    """What a message shows of `value`, after "but is": type and shape of a tensor, else the start of its `repr`."""
     if isinstance(value, (torch.Tensor, np.ndarray)):
-        return f"{re.escape(str(tuple(value.shape)))}|{type(value).__name__}"
-    last = [repr(value[-1])] if isinstance(value, (list, tuple)) and value else []
-    return "|".join(re.escape(part) for part in [repr(value), type(value).__name__, *last])
+        return re.escape(f", but is {type(value).__name__} of shape {tuple(value.shape)}.")
+    return re.escape(f", but is {value!r:.200}.")
+
+
+def describe_image(value) -> str:
+    """The same of what is no image at all, of which a message shows the type."""
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        return describe(value)
+    return re.escape(f", but is ['{type(value).__name__}'].")
+
+
+# Said by diffusers, or of what is missing: what would be right stands in a sentence of its own.
+REMEDIES = re.compile(r"[Mm]ake sure to|has to be in|Call `load_dino_projector`|Pass `dino_embeds`|Pass pixels")
 
 
 def assert_refused(function, kwargs: dict, argument: str, shown: str) -> None:
-    """`shown` is a regular expression."""
+    """The message names the argument, says what would be right and what is; `shown` is a regular expression."""
     with pytest.raises(ValueError, match=f"`{argument}`") as error:
         function(**kwargs)
+    message = str(error.value)
     assert type(error.value) is ValueError
-    assert re.search(shown, str(error.value)), f"{shown!r} is not in {str(error.value)!r}"
+    assert re.search(shown, message), f"{shown!r} is not in {message!r}"
+    assert re.match(rf"`{argument}` must be .+, but is .+\.$", message, re.DOTALL) or REMEDIES.search(message), message
 
 
 def test_the_guard_sees_a_model_run():
@@ -149,6 +185,8 @@ def test_the_guard_sees_a_model_run():
         "native flash": {"dino_conditioning_scale": 1},
         "parallel": {"dino_conditioning_scale": 1},
         "karras": {"strength": 0.5},
+        "LCM": {},
+        "carried prompt": {"max_sequence_length": 8},
         "IP-Adapter": {"ip_adapter_image_embeds": IP_EMBEDS, "negative_ip_adapter_image_embeds": IP_EMBEDS},
     }.items():
         with pytest.raises(AssertionError, match="a model ran"):
@@ -189,24 +227,34 @@ BAD_CALL_VALUES = {
     "generator": [3, "seed", True, [3], (GENERATOR,)],
     "latents": [3, "noise", PACKED.tolist(), PACKED.numpy(), PACKED[0], PACKED[:, 1:], PACKED[..., 1:], LATENTS]
     + [PACKED.repeat(2, 1, 1)],
-    "output_type": ["jpeg", None, 3, True, ["pil"], "PIL"],
+    "output_type": ["jpeg", None, 3, True, ["pil"], "PIL", np.array(["pil", "np"])],
     "joint_attention_kwargs": [3, "scale", [("scale", 1)], True],
     "callback_on_step_end": [3, "print", [print], True],
-    "callback_on_step_end_tensor_inputs": [["noise"], ["latents", "image"], 3, True],
+    "callback_on_step_end_tensor_inputs": [3, True, "latents"],
     "max_sequence_length": [*COUNTS, 513],
     "upscale_factor": BAD_FACTORS,
     "start_sigma": ["1", NAN, INF, 0, 0.001, -1, 1.1, True, [1]],
     "tile_size": BAD_TILE_SIZES,
     "tile_overlap": BAD_OVERLAPS,
     "tile_batch_size": [*COUNTS, None],
-    "tile_fusion": ["mean", None, 1, True, ["step"]],
     "dino_conditioning_scale": [*NUMBERS, 101],
     "dino_guidance_start": [*NUMBERS, 1.1],
     "dino_guidance_end": [*NUMBERS, 1.1],
     "dino_embeds": [3, "cat", FEATURES.tolist(), FEATURES.numpy(), FEATURES[0], FEATURES[..., 1:]]
     + [FEATURES.repeat(2, 1, 1, 1, 1), FEATURES.repeat(1, 2, 1, 1, 1), FEATURES[:, :, :0]],
-    "color_fix": ["lab", 3, True, ["adain"]],
-    "vae_residual": ["yes", 3, [True]],
+    "vae_residual": ["yes", 3, 0, 1, 1.0, [True], np.array([True, False]), torch.ones(2), np.True_],
+    "first_step": [-1, 1.5, "1", None, NAN, True, [1]],
+    "frozen_tiles": [[-1], [1], [0.0], ["0"], [True], (0, 7)],
+    "frozen_latents": [
+        3,
+        "clean",
+        PACKED.tolist(),
+        PACKED.numpy(),
+        PACKED[0],
+        PACKED[:, 1:],
+        PACKED[..., 1:],
+        LATENTS,
+    ],
 }
 
 
@@ -220,7 +268,8 @@ def one_by_one(table: dict) -> list:
 
 @pytest.mark.parametrize(("argument", "value"), one_by_one(BAD_CALL_VALUES))
 def test_call_refuses_a_wrong_value(argument, value):
-    assert_refused(pipeline("full"), {"image": PHOTO, argument: value}, argument, describe(value))
+    shown = (describe_image if argument == "image" else describe)(value)
+    assert_refused(pipeline("full"), {"image": PHOTO, argument: value}, argument, shown)
 
 
 @pytest.mark.parametrize(("argument", "value"), one_by_one({"height": BAD_SIZES, "width": BAD_SIZES}))
@@ -245,17 +294,23 @@ def test_every_method_refuses_a_wrong_size(argument, value):
     ),
 )
 def test_methods_refuse_a_wrong_value(argument, value):
-    pipe, shown = pipeline("full"), describe(value)
+    pipe, shown = pipeline("full"), (describe_image if argument == "image" else describe)(value)
     if argument.startswith("tile"):
         assert_refused(pipe.plan_tiles, {"height": 96, "width": 128, argument: value}, argument, shown)
-    else:
+    elif argument != "image":
         assert_refused(pipe.get_output_size, {"image": PHOTO, argument: value}, argument, shown)
     assert_refused(pipe.encode_dino, {"image": PHOTO, argument: value}, argument, shown)
 
 
+@pytest.mark.parametrize("value", [*BAD_IMAGES, [], ARRAY[..., 0], ARRAY[None, None], ARRAY[:0], PIXELS[..., :0]])
+def test_output_size_of_what_has_no_size(value):
+    """The pixels are checked by the call."""
+    assert_refused(pipeline("full").get_output_size, {"image": value}, "image", describe(value))
+
+
 @pytest.mark.parametrize(
     ("argument", "value"),
-    one_by_one({"pixels_per_token": [0, -16, "16"], "extra_tokens": [-1, "768", None], "inner_dim": [0, "3072"]}),
+    one_by_one({"pixels_per_token": [0, -16, "16", 1.5, None, True]}),
 )
 def test_plan_function_refuses_a_wrong_value(argument, value):
     plan = pipeline_flux_dino_tile.plan_tiles
@@ -298,25 +353,49 @@ BAD_COMBINATIONS = {
     "whole numbers": Case("image", "int64", {"image": ARRAY.astype(np.int64)}),
     "truth values": Case("image", "bool", {"image": PIXELS > 0}),
     "complex numbers": Case("image", "complex64", {"image": ARRAY.astype(np.complex64)}),
-    "objects": Case("image", "object", {"image": ARRAY.astype(object)}),
+    "objects": Case("image", r"dtype\('O'\)", {"image": ARRAY.astype(object)}),
     "above 1": Case("image", "1.5", {"image": 3 * ARRAY}),
     "below 0": Case("image", "-0.5", {"image": -PIXELS}),
     "infinite": Case("image", "inf", {"image": INF * PIXELS}),
     "NaN in an array": Case("image", "nan", {"image": np.where(np.arange(3) == 1, NAN, ARRAY)}),
     "NaN in a tensor": Case("image", "nan", {"image": with_nan(PIXELS)}),
     "NaN in the second": Case("image", "nan", {"image": [PIXELS, with_nan(PIXELS)]}),
+    "far above 1 in one place": Case("image", r"but is \(0.25, 1.25\)", {"image": with_value(PIXELS / 2, 1.25)}),
+    "too far above 1 for rounding": Case(
+        "image", r"but is \(0.5, 1.00[12]\d*\)", {"image": with_value(PIXELS, 1.002)}
+    ),
+    "too far below 0 for rounding": Case("image", r"but is \(-0.002\d*, 0.5\)", {"image": with_value(PIXELS, -0.002)}),
+    "packed latents": Case("image", "not packed latents", {"image": 3 * torch.ones_like(PACKED)}),
+    "two packed latents": Case("image", "unpacked latents", {"image": PACKED.repeat(2, 1, 1)}),
+    "a tone below black in 16 bits": Case("image", r"but is \(-0.01\d*, 1.0\)", {"image": DEEP_NEGATIVE}),
     "NaN in latents": Case("image", "NaN", {"image": with_nan(LATENTS), "dino_embeds": FEATURES}),
     "latents for DINO": Case("image", "latents", {"image": LATENTS}),
-    "latents of half a token": Case("image", r"\(11, 16\)", {"image": LATENTS[:, :, :11], "dino_embeds": FEATURES}),
+    "latents of half a token": Case(
+        "image", r"\(1, 4, 11, 16\)", {"image": LATENTS[:, :, :11], "dino_embeds": FEATURES}
+    ),
     "latents without pixels": Case("image", r"12, 0\)", {"image": LATENTS[..., :0], "dino_embeds": FEATURES}),
     "latents to enlarge": Case("image", "96x128", {"image": LATENTS, "upscale_factor": 2}),
     "latents of another size": Case("image", "96x128", {"image": LATENTS, "height": 96, "width": 96}),
-    "latents to colour": Case(
-        "color_fix", "adain", {"image": LATENTS, "color_fix": "adain", "dino_conditioning_scale": 0}
+    "latents to go on with are missing": Case("first_step", "`latents` to go on from, but is 1", {"first_step": 1}),
+    "beyond the last step": Case(
+        "first_step",
+        "the 2 steps of this call, but is 3",
+        {"first_step": 3, "latents": PACKED, "num_inference_steps": 2},
+    ),
+    "frozen latents of another size": Case(
+        "frozen_latents", r"\(1, 48, 16\)", {"upscale_factor": 3, "frozen_latents": PACKED, "frozen_tiles": [0]}
+    ),
+    "NaN in frozen latents": Case("frozen_latents", "NaN", {"frozen_latents": with_nan(PACKED), "frozen_tiles": [0]}),
+    "a frozen tile that is not there": Case(
+        "frozen_tiles", r"the plan's 4 tiles, but is \[4\]", {"frozen_tiles": [4], "tile_size": 80, "tile_overlap": 16}
+    ),
+    "frozen tiles as one number": Case("frozen_tiles", "is 3", {"frozen_tiles": 3}),
+    "frozen tiles as a tensor": Case(
+        "frozen_tiles", r"Tensor of shape \(1,\)", {"frozen_tiles": torch.zeros(1, dtype=int)}
     ),
     # Sizes and tiles
-    "height alone": Case("height", "96", {"height": 96}),
-    "width alone": Case("width", "128", {"width": 128}),
+    "height alone": Case("width", "with `height`, 96, but is None", {"height": 96}),
+    "width alone": Case("height", "with `width`, 128, but is None", {"width": 128}),
     "factor and size": Case("upscale_factor", "3", {"upscale_factor": 3, "height": 96, "width": 128}),
     "factor and height": Case("upscale_factor", "3", {"upscale_factor": 3, "height": 96}),
     "overlap fills the tile": Case("tile_overlap", "64", {"tile_size": 64, "tile_overlap": 64}),
@@ -324,11 +403,18 @@ BAD_COMBINATIONS = {
     "overlap fills one side": Case("tile_overlap", "33", {"tile_size": (96, 48), "tile_overlap": 33}),
     "overlap leaves no tile": Case("tile_overlap", "2048", {"height": 2304, "width": 2304, "tile_overlap": 2048}),
     # The schedule
-    "strength and start_sigma": Case("start_sigma", r"0\.4", {"strength": 0.5, "start_sigma": 0.4}),
-    "sigmas and start_sigma": Case("start_sigma", r"0\.4", {"sigmas": [0.5], "start_sigma": 0.4}),
+    "strength and start_sigma": Case("strength", r"0\.5", {"strength": 0.5, "start_sigma": 0.4}),
+    "sigmas and start_sigma": Case("sigmas", r"\[0\.5\]", {"sigmas": [0.5], "start_sigma": 0.4}),
     "sigmas as one number": Case("sigmas", r"0\.5", {"sigmas": np.array(0.5)}),
-    "table of sigmas": Case("sigmas", r"0\.5", {"sigmas": np.array([[1, 1], [0.5, 0.5]])}),
+    "table of sigmas": Case("sigmas", r"\(2, 2\)", {"sigmas": np.array([[1, 1], [0.5, 0.5]])}),
     "start_sigma out of reach": Case("start_sigma", r"0\.4", {"start_sigma": 0.4}, "karras"),
+    "Heun": Case("scheduler", "'FlowMatchHeunDiscreteScheduler'", {}, "Heun"),
+    "UniPC": Case("scheduler", "'UniPCMultistepScheduler'", {}, "UniPC"),
+    "Euler that matches no flow": Case(
+        "scheduler", "'EulerDiscreteScheduler'", {"strength": 0.5}, "Euler of another kind"
+    ),
+    "DDIM": Case("scheduler", "'DDIMScheduler'", {"sigmas": [0.5]}, "DDIM"),
+    "transformer with more input channels": Case("transformer", "16 input channels, .* but is 40", {}, "Fill"),
     # Prompts and batches
     "negative prompt of another type": Case("negative_prompt", "3", {"negative_prompt": 3, "true_cfg_scale": 2}),
     "negative prompt of numbers": Case("negative_prompt", "3", {"negative_prompt": [3], "true_cfg_scale": 2}),
@@ -351,10 +437,14 @@ BAD_COMBINATIONS = {
             "pooled_prompt_embeds": POOLED.repeat(3, 1),
         },
     ),
-    "one generator for two images": Case("generator", "1", {"image": [PHOTO, PHOTO], "generator": [GENERATOR]}),
-    "two generators for one result": Case("generator", "2", {"generator": [GENERATOR] * 2}),
-    "no generator": Case("generator", "0", {"generator": []}),
-    "one generator for two results": Case("generator", "1", {"num_images_per_prompt": 2, "generator": [GENERATOR]}),
+    "one generator for two images": Case(
+        "generator", r"2, but is \[<", {"image": [PHOTO, PHOTO], "generator": [GENERATOR]}
+    ),
+    "two generators for one result": Case("generator", r"1, but is \[<", {"generator": [GENERATOR] * 2}),
+    "no generator": Case("generator", r"1, but is \[\]", {"generator": []}),
+    "one generator for two results": Case(
+        "generator", r"2, but is \[<", {"num_images_per_prompt": 2, "generator": [GENERATOR]}
+    ),
     "latents for one of two": Case("latents", r"\(1, 48, 16\)", {"num_images_per_prompt": 2, "latents": PACKED}),
     "latents of another size of output": Case("latents", r"\(1, 48, 16\)", {"upscale_factor": 3, "latents": PACKED}),
     "NaN in the noise": Case("latents", "NaN", {"latents": with_nan(PACKED)}),
@@ -370,7 +460,7 @@ BAD_COMBINATIONS = {
     "embeddings of nobody": Case(
         "prompt_embeds", r"\(0, 8, 32\)", {"prompt_embeds": EMBEDS[:0], "pooled_prompt_embeds": POOLED[:0]}
     ),
-    "embeddings as a list": Case("prompt_embeds", "list", {**EMBEDDED, "prompt_embeds": EMBEDS.tolist()}),
+    "embeddings as a list": Case("prompt_embeds", r"is \[\[\[0", {**EMBEDDED, "prompt_embeds": EMBEDS.tolist()}),
     "NaN in embeddings": Case("prompt_embeds", "NaN", {**EMBEDDED, "prompt_embeds": with_nan(EMBEDS)}),
     "pooled embeddings of two": Case(
         "pooled_prompt_embeds", r"\(2, 16\)", {**EMBEDDED, "pooled_prompt_embeds": POOLED.repeat(2, 1)}
@@ -402,6 +492,15 @@ BAD_COMBINATIONS = {
     ),
     "NaN in negative pooled embeddings": Case(
         "negative_pooled_prompt_embeds", "NaN", {**NEGATIVE, "negative_pooled_prompt_embeds": with_nan(POOLED)}
+    ),
+    "more tokens than the projector carries": Case(
+        "max_sequence_length", "8 of the .* but is 16", {"max_sequence_length": 16}, "carried prompt"
+    ),
+    "fewer tokens than the projector carries": Case(
+        "max_sequence_length", "8 of the .* but is 7", {"max_sequence_length": 7}, "carried prompt"
+    ),
+    "carried prompt of another width": Case(
+        "dino_projector", r"\(32, 16\), but is \(32, 17\)", {"prompt": "a"}, "other pooled width"
     ),
     "prompt without text encoders": Case("prompt", "cat", {"prompt": "cat"}, "no text"),
     "no prompt and no text encoders": Case("prompt", "None", {}, "no text"),
@@ -447,8 +546,15 @@ BAD_COMBINATIONS = {
         "IP-Adapter",
     ),
     # The callback
-    "callback inputs as a string": Case(
-        "callback_on_step_end_tensor_inputs", "'l", {"callback_on_step_end_tensor_inputs": "latents"}
+    "another callback input": Case(
+        "callback_on_step_end_tensor_inputs",
+        r"in \['latents', 'prompt_embeds'\], but found \['noise'\]",
+        {"callback_on_step_end_tensor_inputs": ["noise"]},
+    ),
+    "one callback input more": Case(
+        "callback_on_step_end_tensor_inputs",
+        r"found \['image'\]",
+        {"callback_on_step_end_tensor_inputs": ["latents", "image"]},
     ),
     "no callback inputs": Case(
         "callback_on_step_end_tensor_inputs",
@@ -459,9 +565,19 @@ BAD_COMBINATIONS = {
         "vae_residual", "not latents", {"image": LATENTS, "vae_residual": True, "dino_conditioning_scale": 0}
     ),
     "a residual at the end": Case("vae_residual", "not latents", {"output_type": "latent", "vae_residual": True}),
-    "latents to colour at the end": Case("color_fix", "wavelet", {"output_type": "latent", "color_fix": "wavelet"}),
     # DINO
     "start after end": Case("dino_guidance_end", r"0\.2", {"dino_guidance_start": 0.8, "dino_guidance_end": 0.2}),
+    "no whole step in the window": Case(
+        "dino_guidance_end",
+        r"0\.3, by a whole one of 2 steps, but is 0\.4",
+        {"dino_guidance_start": 0.3, "dino_guidance_end": 0.4, "num_inference_steps": 2},
+    ),
+    "window that ends at once": Case(
+        "dino_guidance_end", "of 2 steps, but is 0", {"dino_guidance_end": 0, "num_inference_steps": 2}
+    ),
+    "window that starts at the end": Case(
+        "dino_guidance_end", "1, by .* but is 1.0", {"dino_guidance_start": 1, "dino_embeds": FEATURES}
+    ),
     "features without projector": Case("dino_embeds", "no projector", {"dino_embeds": FEATURES}, "no projector"),
     "features of other tiles": Case(
         "dino_embeds", r"\(1, 1, 4, 4, 24\)", {"dino_embeds": FEATURES, "tile_size": 80, "tile_overlap": 16}
@@ -473,18 +589,18 @@ BAD_COMBINATIONS = {
     "projector without encoder": Case("dino_encoder", "is missing", {}, "no encoder"),
     "encoder is a ViT": Case("dino_encoder", "'vit'", {}, "ViT"),
     "encoder is a CLIP": Case("dino_encoder", "clip", {}, "CLIP"),
-    "encoder of another size": Case("dino_encoder", "48 .* 24", {}, "large encoder"),
-    "projector of another transformer": Case("dino_projector", "48 .* 32", {}, "wide projector"),
+    "encoder of another size": Case("dino_encoder", "24 .* 48", {}, "large encoder"),
+    "projector of another transformer": Case("dino_projector", r"\(32, 16\), but is \(48, 16\)", {}, "wide projector"),
     "projector of another transformer with features": Case(
-        "dino_projector", "48 .* 32", {"dino_embeds": FEATURES}, "wide projector"
+        "dino_projector", r"\(32, 16\), but is \(48, 16\)", {"dino_embeds": FEATURES}, "wide projector"
     ),
     "a layer that the encoder lacks": Case("dino_projector", "7", {}, "layer 7"),
     # Backends that cannot weigh the DINO keys
     "mask of the caller": Case(
         "joint_attention_kwargs", "attention_mask", {**HALF, "joint_attention_kwargs": {"attention_mask": PIXELS}}
     ),
-    "backend without mask": Case("dino_conditioning_scale", "0.5 .*'flash'", HALF, "flash"),
-    "native flash in float32": Case("dino_conditioning_scale", "0.5 .*'_native_flash'", HALF, "native flash"),
+    "backend without mask": Case("dino_conditioning_scale", "'flash', .* but is 0.5", HALF, "flash"),
+    "native flash in float32": Case("dino_conditioning_scale", "'_native_flash', .* but is 0.5", HALF, "native flash"),
     "context parallelism": Case("dino_conditioning_scale", r"0\.5", HALF, "parallel"),
 }
 
@@ -533,7 +649,6 @@ def test_load_dino_projector_refuses_a_wrong_type(argument, value, tmp_path, mon
     monkeypatch.setattr("pipeline_flux_dino_tile.AutoModel.from_pretrained", refuse_to_run)
     if argument == "pretrained_model_name_or_path":
         monkeypatch.setattr(DinoProjector, "from_pretrained", refuse_to_run)
-        monkeypatch.setattr("pipeline_flux_dino_tile.hf_hub_download", refuse_to_run)
     kwargs = {"pretrained_model_name_or_path": tmp_path, argument: value}
     assert_refused(pipeline("no projector").load_dino_projector, kwargs, argument, describe(value))
 
@@ -543,9 +658,9 @@ def test_load_dino_projector_refuses_a_wrong_type(argument, value, tmp_path, mon
     [
         ({}, tiny_vit, "dino_encoder", "'vit'"),
         ({}, tiny_clip, "dino_encoder", "clip"),
-        ({}, large_dino, "dino_encoder", "48 .* 24"),
-        ({"in_dim": 2 * DINO_DIM}, tiny_dino, "dino_encoder", "24 .* 48"),
-        ({"out_dim": 48}, tiny_dino, "dino_projector", "48 .* 32"),
+        ({}, large_dino, "dino_encoder", "24 .* 48"),
+        ({"in_dim": 2 * DINO_DIM}, tiny_dino, "dino_encoder", "48 .* 24"),
+        ({"out_dim": 48}, tiny_dino, "dino_projector", r"\(32, 16\), but is \(48, 16\)"),
         ({"layers": [7]}, tiny_dino, "dino_projector", "7"),
     ],
 )
@@ -559,7 +674,8 @@ def test_load_dino_projector_refuses_parts_that_do_not_fit(projector, encoder, a
 
 
 @pytest.mark.parametrize(
-    ("argument", "value"), one_by_one({"token_grid": COUNTS, "position_mode": ["sin", None, 3, True]})
+    ("argument", "value"),
+    one_by_one({"token_grid": COUNTS, "position_mode": ["sin", None, 3, True, np.array(["zero", "tile"])]}),
 )
 def test_projector_config_is_checked(argument, value):
     assert_refused(tiny_projector, {argument: value}, argument, describe(value))

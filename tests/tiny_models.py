@@ -47,11 +47,14 @@ def tiny_tokenizer(max_length: int = 77) -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_transformer(guidance_embeds: bool = False, latent_channels: int = 4) -> FluxTransformer2DModel:
+def tiny_transformer(
+    guidance_embeds: bool = False, latent_channels: int = 4, in_channels: int | None = None
+) -> FluxTransformer2DModel:
     torch.manual_seed(0)
     return FluxTransformer2DModel(
         patch_size=1,
-        in_channels=4 * latent_channels,
+        in_channels=in_channels or 4 * latent_channels,
+        out_channels=4 * latent_channels,
         num_layers=2,
         num_single_layers=2,
         attention_head_dim=16,
