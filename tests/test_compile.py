@@ -37,7 +37,7 @@ def compile_pipeline(pipe, backend) -> None:
     pipe.vae.decoder.compile(backend=backend)
 
 
-@pytest.fixture(params=[0.3, 1], ids=["warm-up at strength 0.3", "warm-up at strength 1"])
+@pytest.fixture(scope="module", params=[0.3, 1], ids=["warm-up at strength 0.3", "warm-up at strength 1"])
 def compiled(request):
     """A compiled pipeline that has made one picture, its backend, and the same pipeline as it was."""
     torch._dynamo.reset()

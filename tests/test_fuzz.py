@@ -621,5 +621,5 @@ def test_tones(pipe, plain, factor, tile_size, output_type):
             images = images.permute(0, 2, 3, 1).numpy()
         pixels = np.concatenate([np.atleast_2d(np.asarray(part)).reshape(-1, 3) for part in images])
         scale = 1 if output_type in ("np", "pt") else 255
-        # Rounded to 8 bits at the most once, or twice for what has more of them and becomes bytes.
+        # Rounded to 8 bits at the most: at the end, or at the start for what has more of them.
         np.testing.assert_allclose(pixels / scale, np.broadcast_to(colour, pixels.shape), atol=0.502 / 255)
