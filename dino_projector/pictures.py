@@ -26,6 +26,8 @@ import torch
 from diffusers.utils import load_image
 from PIL import Image, UnidentifiedImageError
 
+from flux_dino_tile.jobs import OTHER_SUFFIXES, describe_left_out, register_heif
+
 
 Image.init()
 READ_SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN}
@@ -57,10 +59,17 @@ def walk_files(root: Path) -> Iterator[Path]:
 
 
 def find_pictures(root: Path) -> list[Path]:
-    """The pictures in a folder and below by path, each once, however many links lead to it."""
+    """
+    The pictures in a folder and below by path, each once, however many links lead to it. A line names those of kinds
+    that are not read.
+    """
+    paths = list(walk_files(root))
+    suffixes = READ_SUFFIXES | register_heif(paths)
+    if left_out := [path for path in paths if path.suffix.lower() in OTHER_SUFFIXES - suffixes]:
+        print(f"{root}: {describe_left_out(left_out)}", file=sys.stderr, flush=True)
     found: dict[str, Path] = {}
-    for path in walk_files(root):
-        if path.suffix.lower() in READ_SUFFIXES:
+    for path in paths:
+        if path.suffix.lower() in suffixes:
             found.setdefault(os.path.realpath(path), path)
     return sorted(found.values())
 

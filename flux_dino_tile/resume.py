@@ -68,6 +68,8 @@ class Checkpoint:
             `OSError`: If the folder cannot be written. Later, on a full disk, it only warns.
         """
         check_scheduler(pipe)
+        is_cached = pipe.transformer.is_cache_enabled
+        check("transformer", "one with a cache", not is_cached, "without diffusers' caches, whose state is not saved")
         settings = describe_call(pipe, arguments)
         saved_settings, state = self.read()
         step = int(state.get("step", 0))

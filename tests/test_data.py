@@ -168,6 +168,16 @@ def test_a_photo_counts_once_however_many_links_lead_to_it(tmp_path):
     assert source.captions() == ["", "three dogs", ""]
 
 
+def test_pictures_of_kinds_that_are_not_read_are_named(tmp_path, capfd):
+    photo().save(tmp_path / "a.png")
+    photo().save(tmp_path / "b.tga")
+    for name in ("c.heic", "d.NEF", "notes.txt"):
+        (tmp_path / name).write_bytes(b"")
+    assert [path.name for path in ImageFolder(tmp_path, 0).paths] == ["a.png", "b.tga"]
+    line = capfd.readouterr().err
+    assert "c.heic" in line and "d.NEF" in line and "notes.txt" not in line and line.count("\n") == 1
+
+
 def test_folder_without_pictures_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no pictures"):
         ImageFolder(tmp_path, 0)

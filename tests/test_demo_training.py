@@ -49,6 +49,7 @@ from dino_projector.demo_training.vae import DecoderStage, VaeStage
 from dino_projector.training.flow_matching import StepInputs
 from dino_projector.training.samples import sample_rng
 from flux_dino_tile.diagnostics import seam_ratio
+from flux_dino_tile.embedded import DEMO_FOLDER
 from pipeline_flux_dino_tile import DinoProjector, FluxDinoTilePipeline
 
 
@@ -365,7 +366,7 @@ def test_captions_have_the_scale_of_the_empty_prompt_and_depend_on_the_picture()
 
 def test_the_checkpoint_loads_through_the_public_calls(work):
     checkpoint = work / CHECKPOINT_FOLDER
-    assert not list(checkpoint.glob("*.py"))
+    assert (checkpoint / "pipeline.py").read_bytes() == (DEMO_FOLDER / "pipeline.py").read_bytes()
     pipe = FluxDinoTilePipeline.from_pretrained(checkpoint, dtype=torch.float32)
     pipe.load_dino_projector(checkpoint)
     pipe.set_progress_bar_config(disable=True)
