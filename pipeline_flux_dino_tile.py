@@ -688,6 +688,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             default_tile_size=default_tile_size,
             default_vae_residual=default_vae_residual,
         )
+        self._joint_attention_kwargs: dict[str, Any] = {}
         self.map_tiles: Callable[[Callable[[Any], torch.Tensor], Sequence], Iterable[torch.Tensor]] = map
 
     # ---- Loading and saving ----------------------------------------------------------------------------------------
@@ -727,24 +728,31 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             raise OSError(f"There is no folder {folder}.")
         if (folder / "config.json").is_file() and not (folder / subfolder).is_dir():
             folder, subfolder = folder.parent, folder.name
-        location: dict[str, Any] = {"revision": revision, "token": token}
+        dtype, location = self.transformer.dtype, {"revision": revision, "token": token}
+        weights: dict[str, Any] = {"use_safetensors": True, "variant": variant}
         config = DinoProjector.load_config(str(folder), subfolder=subfolder, **location)
         is_projector = isinstance(config, dict) and config.get("_class_name") == DinoProjector.__name__
         check("pretrained_model_name_or_path", place, is_projector, "a DinoProjector's place")
-        device, dtype = self._execution_device, self.transformer.dtype
-        weights = {"use_safetensors": True, "variant": variant}
-        projector = DinoProjector.from_pretrained(
-            str(folder), subfolder=subfolder, torch_dtype=dtype, **weights, **location
+        projector, info = DinoProjector.from_pretrained(
+            str(folder), subfolder=subfolder, torch_dtype=dtype, output_loading_info=True, **weights, **location
         )
+        if info["missing_keys"]:
+            raise OSError(f"The weights in {folder / subfolder} lack {sorted(info['missing_keys'])}.")
         if not isinstance(encoder, PreTrainedModel):
             name = projector.config.dino_model if encoder is None else str(encoder)
             if encoder is None and (name is None or (folder / "dino_encoder").is_dir()):
                 name, location["subfolder"] = str(folder), "dino_encoder"
+            # Read first, because a config makes lists and tables as long as its sizes.
+            for key, value in PreTrainedConfig.get_config_dict(name, **location)[0].items():
+                most = 100 if key == "num_hidden_layers" else 100_000
+                is_right = not isinstance(value, int) or value <= most
+                check("dino_encoder", value, is_right, f"of at most {most} `{key}`")
             encoder_config = AutoConfig.from_pretrained(name, trust_remote_code=False, **location)
             self.check_dino_components(encoder_config, projector)
             encoder = AutoModel.from_pretrained(name, trust_remote_code=False, dtype=dtype, **weights, **location)
         self.check_dino_components(encoder.config, projector)
         # Under sequential and group offload these two, small beside FLUX, stay on the execution device.
+        device = self._execution_device
         self.register_modules(dino_encoder=encoder.to(device).eval(), dino_projector=projector.to(device).eval())
         # Model offload chains its hooks from component to component: chain them again with these two.
         self.maybe_free_model_hooks()
