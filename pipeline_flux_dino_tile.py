@@ -57,10 +57,9 @@ from diffusers.image_processor import PipelineImageInput
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.embeddings import apply_rotary_emb
-from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor, _get_qkv_projections
-from diffusers.pipelines.flux.pipeline_flux_img2img import calculate_shift, retrieve_latents, retrieve_timesteps
+from diffusers.pipelines.flux.pipeline_flux_img2img import calculate_shift, retrieve_timesteps
 from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
 from diffusers.schedulers import FlowMatchLCMScheduler
 from diffusers.utils import logging, replace_example_docstring
@@ -184,8 +183,7 @@ def check_pixels(value: np.ndarray | torch.Tensor) -> torch.Tensor:
     layout = "(batch, height, width, 1 or 3)" if is_array else "(batch, 1 or 3, height, width)"
     channels = value.shape[-1 if is_array else -3] if value.ndim in (3, 4) else None
     check("image", value, channels in (1, 3) and 0 not in value.shape, f"{layout}, or unpacked latents")
-    is_float = value.is_floating_point() if isinstance(value, torch.Tensor) else value.dtype.kind == "f"
-    check("image", value.dtype, is_float, "floats in [0, 1]")
+    check("image", value.dtype, "float" in str(value.dtype), "floats in [0, 1]")
     # Contiguous, because torch takes no negative strides.
     pixels = torch.from_numpy(np.ascontiguousarray(value)).movedim(-1, -3) if isinstance(value, np.ndarray) else value
     low, high = float(pixels.min()), float(pixels.max())
@@ -496,7 +494,7 @@ class DinoTokens(NamedTuple):
 class PromptInputs(NamedTuple):
     """What a call says for one side of true CFG; the names of the negative side's arguments begin with "negative_"."""
 
-    prompt: Any
+    prompt: Any  # this and the next three are arguments of `encode_prompt`
     prompt_2: Any
     prompt_embeds: Any
     pooled_prompt_embeds: Any
@@ -900,10 +898,11 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
 
     def check_inputs(
         self, sides: dict[str, PromptInputs], num_images: int, num_tokens: int, do_true_cfg: bool, tensor_inputs: Any
-    ) -> int:
+    ) -> tuple[int, int]:
         r"""
         Checks the prompts and IP-Adapter inputs of both sides, by the prefix of their names, and by the parent's
-        method what excludes each other. Raises a `ValueError`. Returns the number of prompts, once for each image.
+        method what excludes each other. Raises a `ValueError`. Returns the number of prompts, once for each image, and
+        that of text tokens.
         """
         is_list = isinstance(tensor_inputs, (list, tuple))
         check("callback_on_step_end_tensor_inputs", tensor_inputs, is_list, "a list of names")
@@ -925,6 +924,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             if embeds is not None:
                 both = "T5 embeddings, of as many tokens on both sides"
                 check_tensor(name, embeds, (None, num_tokens if prefix else None, config.joint_attention_dim), both)
+                # A negative prompt gets as many tokens, for both share the positions.
                 num_tokens = embeds.shape[1]
             if pooled is not None:
                 check(f"{prefix}pooled_prompt_embeds", pooled, embeds is not None, f"None without `{name}`")
@@ -936,31 +936,30 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             # A side without image gets a black one, which has to be encoded too.
             needs_encoder = has_adapter_input and embeds is None and (not prefix or do_true_cfg)
             check(name, image, has_image_encoder or not needs_encoder, "embeddings without `image_encoder`")
-            embeds = embeds if isinstance(embeds, list) else [] if embeds is None else [embeds]
-            is_complete = not embeds or len(embeds) == adapters.num_ip_adapters
-            check(f"{name}_embeds", len(embeds), is_complete, "one for each IP-Adapter")
-            for layer, value in zip(adapters.image_projection_layers if embeds else (), embeds):
-                shape = (None, None, layer.image_embeds.in_features)
-                check_tensor(f"{name}_embeds", value, shape, "image embeddings")
-        arguments = {f"{prefix}{name}": x for prefix, side in sides.items() for name, x in side._asdict().items()}
-        prompts = {name: value for name, value in arguments.items() if "ip_adapter" not in name}
-        rest = {"strength": 0, "height": 0, "width": 0, "callback_on_step_end_tensor_inputs": tensor_inputs}
-        super().check_inputs(**prompts, **rest)
-        counts = {name: len(x) if isinstance(x, (list, torch.Tensor)) else 1 for name, x in prompts.items()}
-        name = "prompt" if prompts["prompt_embeds"] is None else "prompt_embeds"
+            if embeds is not None:
+                embeds = embeds if isinstance(embeds, list) else [embeds]
+                layers = adapters.image_projection_layers
+                check(f"{name}_embeds", len(embeds), len(embeds) == len(layers), "one for each IP-Adapter")
+                for layer, value in zip(layers, embeds):
+                    shape = (None, None, layer.image_embeds.in_features)
+                    check_tensor(f"{name}_embeds", value, shape, "image embeddings")
+        texts = {f"{prefix}{name}": x for prefix, side in sides.items() for name, x in zip(side._fields[:4], side)}
+        super().check_inputs(**texts, strength=0, height=0, width=0, callback_on_step_end_tensor_inputs=tensor_inputs)
+        counts = {name: len(x) if isinstance(x, (list, torch.Tensor)) else 1 for name, x in texts.items()}
+        name = "prompt" if texts["prompt_embeds"] is None else "prompt_embeds"
         num_texts = counts[name]
         check(name, num_texts, num_texts == 1 or num_texts % num_images == 0, f"one for each of {num_images} images")
         num_prompts = max(num_texts, num_images)
         for name, allowed in (
-            ("prompt_2", {1, num_texts} if prompts["prompt_2"] is None else {num_texts}),
+            ("prompt_2", {1, num_texts} if texts["prompt_2"] is None else {num_texts}),
             ("negative_prompt", {1, num_prompts}),
             ("negative_prompt_2", {1, counts["negative_prompt"]}),
             ("negative_prompt_embeds", {1, num_prompts}),
         ):
             check(name, counts[name], counts[name] in allowed, f"{max(allowed)} for as many prompts")
-        return num_prompts
+        return num_prompts, num_tokens
 
-    def check_dino_inputs(self, is_latent, plan, num_images, scale, dino_embeds, joint_attention_kwargs) -> None:
+    def check_dino_inputs(self, is_latent, plan, num_images, scale, dino_embeds, kwargs) -> None:
         r"""Checks the DINO conditioning; raises a `ValueError`."""
         if self.dino_projector is None:
             check("dino_embeds", dino_embeds, dino_embeds is None, "None where no projector is loaded")
@@ -977,8 +976,8 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
                 raise ValueError("`image` holds latents, which DINO cannot see. Pass `dino_embeds` or pixels.")
             self.check_dino_components(self.dino_encoder.config if dino_embeds is None else None, self.dino_projector)
         if scale not in (0, 1):
-            kwargs, obstacle = joint_attention_kwargs or {}, self.find_obstacle_to_strength()
             check("joint_attention_kwargs", list(kwargs), "attention_mask" not in kwargs, "without `attention_mask`")
+            obstacle = self.find_obstacle_to_strength()
             check("dino_conditioning_scale", scale, obstacle is None, f"0 or 1 with {obstacle}")
 
     def find_obstacle_to_strength(self) -> str | None:
@@ -1005,16 +1004,16 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         """
         return self.resize_image(self.check_image(image), height, width)
 
-    def resize_image(self, image: list[PIL.Image.Image] | torch.Tensor, height: int, width: int) -> torch.Tensor:
-        r"""The same of an image that is checked already."""
+    def resize_image(self, images: list[PIL.Image.Image] | torch.Tensor, height: int, width: int) -> torch.Tensor:
+        r"""The same of images that are checked already."""
         below, right = -height % self.pixels_per_token, -width % self.pixels_per_token
-        if isinstance(image, torch.Tensor):
-            pixels = image.float().expand(-1, 3, -1, -1)
+        if isinstance(images, torch.Tensor):
+            pixels = images.expand(-1, 3, -1, -1)
             if pixels.shape[2:] != (height, width):
                 pixels = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
             return self.image_processor.normalize(F.pad(pixels.cpu(), (0, right, 0, below), mode="replicate"))
-        canvas = np.empty((len(image), height + below, width + right, 3), dtype=np.uint8)
-        for rows, item in zip(canvas, image):
+        canvas = np.empty((len(images), height + below, width + right, 3), dtype=np.uint8)
+        for rows, item in zip(canvas, images):
             wide = item.convert("RGB").resize((width, item.height), PIL.Image.Resampling.LANCZOS)
             # Band by band, so that beside the result only a band is held.
             for top in range(0, height, RESIZED_ROWS):
@@ -1049,11 +1048,8 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
     def sample_latents(self, posterior: torch.Tensor, generator=None, sample_mode: str = "sample") -> torch.Tensor:
         r"""Scaled latents `(batch, channels, rows, columns)` of a posterior: a sample, or with "argmax" the mode."""
         if posterior.shape[1] != self.latent_channels:
-            generators = generator if isinstance(generator, list) else [generator]
-            parts = posterior.split(1) if len(generators) > 1 else [posterior]
-            posteriors = [AutoencoderKLOutput(DiagonalGaussianDistribution(part)) for part in parts]
-            samples = [retrieve_latents(part, item, sample_mode) for part, item in zip(posteriors, generators)]
-            posterior = torch.cat(samples)
+            distribution = DiagonalGaussianDistribution(posterior)
+            posterior = distribution.mode() if sample_mode == "argmax" else distribution.sample(generator)
         return (posterior - self.vae.config.shift_factor) * self.vae.config.scaling_factor
 
     @torch.no_grad()
@@ -1107,7 +1103,8 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         return self._pack_latents(latents.contiguous(), *latents.shape)
 
     def unpack_canvas(self, tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        r"""Undoes [`~FluxDinoTilePipeline.pack_canvas`]; `height` and `width` are in pixels."""
+        r"""Undoes [`~FluxDinoTilePipeline.pack_canvas`], in float32; `height` and `width` are in pixels."""
+        tokens = tokens.to(self._execution_device, torch.float32)
         return self._unpack_latents(tokens, height, width, self.vae_scale_factor)
 
     def get_tile_timesteps(self, num_inference_steps, sigmas, strength, start_sigma, plan) -> torch.Tensor:
@@ -1174,10 +1171,8 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         """
         patch_size, config = self.dino_encoder.config.patch_size, self.dino_projector.config
         rows, columns = plan.tile_tokens
-        mean, std = (
-            torch.tensor(values, device=self._execution_device).view(1, 3, 1, 1)
-            for values in (config.image_mean, config.image_std)
-        )
+        device = self._execution_device
+        mean, std = torch.tensor([config.image_mean, config.image_std], device=device).view(2, 1, 3, 1, 1)
 
         def encode(tile: Tile) -> torch.Tensor:
             pixels = (self.crop_pixels(image, tile) / 2 + 0.5 - mean) / std
@@ -1233,7 +1228,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
     # ---- Denoising -------------------------------------------------------------------------------------------------
 
     def encode_branch(
-        self, inputs: PromptInputs, num_prompts: int, batch_size: int, max_sequence_length: int, has_ip_adapter: bool
+        self, inputs: PromptInputs, num_prompts: int, batch_size: int, num_tokens: int, has_ip_adapter: bool
     ) -> PromptBranch:
         r"""Encodes one side's prompt and IP-Adapter image, or takes their embeddings, for `batch_size` results."""
         device, ip_adapter_embeds = self._execution_device, None
@@ -1244,21 +1239,14 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
                 image = [black] * self.transformer.encoder_hid_proj.num_ip_adapters
             entries = self.prepare_ip_adapter_image_embeds(image, image_embeds, device, 1)
             ip_adapter_embeds = [repeat_images(entry, num_prompts, batch_size) for entry in entries]
-        embeds = self.encode_prompt(
-            prompt=inputs.prompt,
-            prompt_2=inputs.prompt_2,
-            prompt_embeds=inputs.prompt_embeds,
-            pooled_prompt_embeds=inputs.pooled_prompt_embeds,
-            device=device,
-            max_sequence_length=max_sequence_length,
-            lora_scale=self.joint_attention_kwargs.get("scale"),
-        )
-        prompt_embeds, pooled_prompt_embeds = (x.to(device=device, dtype=self.transformer.dtype) for x in embeds[:2])
-        for values in (prompt_embeds, pooled_prompt_embeds):
+        scale = self.joint_attention_kwargs.get("scale")
+        texts = dict(zip(inputs._fields[:4], inputs))
+        embeds = self.encode_prompt(**texts, device=device, max_sequence_length=num_tokens, lora_scale=scale)
+        embeds = [values.to(device=device, dtype=self.transformer.dtype) for values in embeds[:2]]
+        for values in embeds:
             check_finite(values, "the prompt's embeddings", "T5 overflows in float16: use bfloat16 or float32.")
-        prompt_embeds = prompt_embeds.repeat_interleave(batch_size // len(prompt_embeds), dim=0)
-        pooled_prompt_embeds = pooled_prompt_embeds.repeat_interleave(batch_size // len(pooled_prompt_embeds), dim=0)
-        return PromptBranch(prompt_embeds, pooled_prompt_embeds, ip_adapter_embeds)
+        prompt_embeds, pooled_embeds = (x.repeat_interleave(batch_size // len(x), dim=0) for x in embeds)
+        return PromptBranch(prompt_embeds, pooled_embeds, ip_adapter_embeds)
 
     def predict_velocity(
         self,
@@ -1305,7 +1293,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             joint_attention_kwargs=joint_attention_kwargs,
             return_dict=False,
         )[0]
-        return self.unpack_canvas(velocity.float(), rows * self.vae_scale_factor, columns * self.vae_scale_factor)
+        return self.unpack_canvas(velocity, rows * self.vae_scale_factor, columns * self.vae_scale_factor)
 
     def predict_canvas_velocity(
         self, canvas, timestep, plan, batches, frozen, branches, guidance, true_cfg_scale, dino, progress_bar
@@ -1459,22 +1447,12 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         num_images, is_latent = len(image), self.is_latents(image)
         height, width = self.get_output_size(image, height, width, upscale_factor)
         plan, cell = self.plan_tiles(height, width, tile_size, tile_overlap), self.vae_scale_factor
-        check_values(
-            true_cfg_scale=true_cfg_scale,
-            strength=strength,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            num_images_per_prompt=num_images_per_prompt,
-            output_type=output_type,
-            max_sequence_length=max_sequence_length,
-            start_sigma=start_sigma,
-            tile_batch_size=tile_batch_size,
-            dino_conditioning_scale=dino_conditioning_scale,
-            dino_guidance_start=dino_guidance_start,
-            dino_guidance_end=dino_guidance_end,
-            vae_residual=vae_residual,
-            first_step=first_step,
-        )
+        check_values(strength=strength, start_sigma=start_sigma, num_inference_steps=num_inference_steps)
+        check_values(guidance_scale=guidance_scale, true_cfg_scale=true_cfg_scale, output_type=output_type)
+        check_values(num_images_per_prompt=num_images_per_prompt, max_sequence_length=max_sequence_length)
+        check_values(tile_batch_size=tile_batch_size, first_step=first_step, vae_residual=vae_residual)
+        check_values(dino_guidance_start=dino_guidance_start, dino_guidance_end=dino_guidance_end)
+        check_values(dino_conditioning_scale=dino_conditioning_scale)
         num_tokens = max_sequence_length or self.default_text_tokens
         if prompt is None and prompt_embeds is None:
             prompt = ""
@@ -1489,11 +1467,12 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         negative = PromptInputs(*prompts, negative_ip_adapter_image, negative_ip_adapter_image_embeds)
         do_true_cfg = true_cfg_scale > 1 and (negative_prompt is not None or negative_prompt_embeds is not None)
         sides = {"": positive, "negative_": negative}
-        num_prompts = self.check_inputs(sides, num_images, num_tokens, do_true_cfg, callback_on_step_end_tensor_inputs)
+        num_prompts, num_tokens = self.check_inputs(
+            sides, num_images, num_tokens, do_true_cfg, callback_on_step_end_tensor_inputs
+        )
         batch_size = num_prompts * num_images_per_prompt
-        names = ("strength", "sigmas") if start_sigma is not None else ()
-        for name, value in zip(names, (strength, sigmas)):
-            check(name, value, value is None, f"left out beside `start_sigma` {start_sigma}")
+        for name, value in (("strength", strength), ("sigmas", sigmas)):
+            check(name, value, value is None or start_sigma is None, f"left out beside `start_sigma` {start_sigma}")
         check("sigmas", sigmas, sigmas is None or is_falling(sigmas), "numbers that fall from at most 1 to above 0")
         for name, tensor in (("latents", latents), ("frozen_latents", frozen_latents)):
             if tensor is not None:
@@ -1507,9 +1486,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         is_complete = len(generators) == batch_size and all(isinstance(x, torch.Generator | None) for x in generators)
         check("generator", generator, is_complete, f"a `torch.Generator`, or a list of {batch_size}")
         is_decoded = output_type != "latent" and not is_latent
-        check(
-            "vae_residual", vae_residual, is_decoded or not vae_residual, "False with latents, not latents to decode"
-        )
+        check("vae_residual", vae_residual, is_decoded or not vae_residual, "False with latents")
         if vae_residual is None:
             vae_residual = self.config.default_vae_residual and is_decoded
         # Private, because diffusers tells only whether there is a cache.
@@ -1518,11 +1495,9 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         check("transformer", cache, is_kept, f"without cache, or with one of {', '.join(TILE_CACHES)}")
         is_right = callback_on_step_end is None or callable(callback_on_step_end)
         check("callback_on_step_end", callback_on_step_end, is_right, "callable")
-        is_right = joint_attention_kwargs is None or isinstance(joint_attention_kwargs, dict)
-        check("joint_attention_kwargs", joint_attention_kwargs, is_right, "a dictionary")
-        self.check_dino_inputs(
-            is_latent, plan, num_images, dino_conditioning_scale, dino_embeds, joint_attention_kwargs
-        )
+        kwargs = {} if joint_attention_kwargs is None else joint_attention_kwargs
+        check("joint_attention_kwargs", kwargs, isinstance(kwargs, dict), "a dictionary")
+        self.check_dino_inputs(is_latent, plan, num_images, dino_conditioning_scale, dino_embeds, kwargs)
 
         # 2. Prepare the timesteps
         num_inference_steps, guidance_scale, start_sigma = self.get_default_settings(
@@ -1531,29 +1506,23 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         timesteps = self.get_tile_timesteps(num_inference_steps, sigmas, strength, start_sigma, plan)
         num_steps, step_sigmas = len(timesteps), timesteps / self.scheduler.config.num_train_timesteps
         check("first_step", first_step, first_step <= num_steps, f"at most the {num_steps} steps of this call")
+        shares = [i / num_steps for i in range(num_steps + 1)]
         dino_steps = [
-            i
-            for i in range(num_steps)
-            if dino_guidance_start <= i / num_steps and (i + 1) / num_steps <= dino_guidance_end
+            i for i in range(num_steps) if dino_guidance_start <= shares[i] and shares[i + 1] <= dino_guidance_end
         ]
         uses_dino = self.dino_projector is not None and dino_conditioning_scale > 0
         window = f"later than `dino_guidance_start` {dino_guidance_start}, by a whole one of {num_steps} steps"
         check("dino_guidance_end", dino_guidance_end, len(dino_steps) > 0 or not uses_dino, window)
         self._guidance_scale = guidance_scale
-        self._joint_attention_kwargs = joint_attention_kwargs or {}
+        self._joint_attention_kwargs = kwargs
         self._interrupt = False
         self._num_timesteps = num_steps
         device = self._execution_device
 
         # 3. Encode the prompts
         has_ip_adapter = any(value is not None for side in sides.values() for value in side[4:])
-        if prompt_embeds is not None:
-            # A negative prompt gets as many tokens, for both share the positions.
-            num_tokens = prompt_embeds.shape[1]
-        branches = [
-            self.encode_branch(side, num_prompts, batch_size, num_tokens, has_ip_adapter)
-            for side in ((positive, negative) if do_true_cfg else (positive,))
-        ]
+        used = [positive, negative] if do_true_cfg else [positive]
+        branches = [self.encode_branch(side, num_prompts, batch_size, num_tokens, has_ip_adapter) for side in used]
 
         # 4. Encode what DINO sees in each tile
         pixels = torch.empty(0) if is_latent else self.resize_image(image, height, width)
@@ -1568,25 +1537,25 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
                 logger.warning(f"The DINO tokens come in {known}. Lower `start_sigma` or raise `dino_guidance_start`.")
 
         # 5. Encode the image, and add noise or go on from `latents`
-        start = image_latents = image
-        if not is_latent and (latents is None or vae_residual or (frozen_tiles and frozen_latents is None)):
+        size = plan.height, plan.width
+        if is_latent:
+            start = image_latents = image.to(device, torch.float32)
+        elif latents is None or vae_residual or (frozen_tiles and frozen_latents is None):
             posterior = self.encode_tiles(pixels, plan)
             image_latents = self.sample_latents(posterior, sample_mode="argmax")
             start = self.sample_latents(posterior, generator) if latents is None else image_latents
         if latents is None:
-            start = repeat_images(start.to(device, torch.float32), num_prompts, batch_size)
+            start = repeat_images(start, num_prompts, batch_size)
             # In float32 whatever the models' dtype, so that a seed stands for the same noise.
             noise = randn_tensor(start.shape, generator, device, torch.float32)
             canvas = self.scheduler.scale_noise(start, timesteps[:1].repeat(batch_size), noise)
         else:
-            canvas = self.unpack_canvas(latents.to(device, torch.float32), plan.height, plan.width)
+            canvas = self.unpack_canvas(latents, *size)
             self.scheduler.set_begin_index((self.scheduler.begin_index or 0) + first_step)
         frozen = {}
         if frozen_tiles:
-            clean = image_latents
-            if frozen_latents is not None:
-                clean = self.unpack_canvas(frozen_latents, plan.height, plan.width)
-            clean = repeat_images(clean.to(device, torch.float32), num_prompts, batch_size)
+            clean = image_latents if frozen_latents is None else self.unpack_canvas(frozen_latents, *size)
+            clean = repeat_images(clean, num_prompts, batch_size)
             frozen = {index: clean[plan[index].slices(cell)] for index in frozen_tiles}
 
         # 6. Denoise
@@ -1594,10 +1563,8 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         if self.transformer.config.guidance_embeds:
             guidance = torch.full([1], guidance_scale, device=device, dtype=torch.float32)
         batches = split_evenly([index for index in range(len(plan)) if index not in frozen], tile_batch_size)
-        with (
-            self.dino_attention(dino),
-            self.progress_bar(total=(num_steps - first_step) * len(batches)) as progress_bar,
-        ):
+        num_calls = (num_steps - first_step) * len(batches)
+        with self.dino_attention(dino), self.progress_bar(total=num_calls) as progress_bar:
             for i, t in list(enumerate(timesteps))[first_step:]:
                 if self.interrupt:
                     break
@@ -1609,10 +1576,9 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
 
                 if callback_on_step_end is not None:
                     tensors = {"latents": self.pack_canvas(canvas), "prompt_embeds": branches[0].prompt_embeds}
-                    tensors |= callback_on_step_end(
-                        self, i, t, {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    )
-                    canvas = self.unpack_canvas(tensors["latents"].to(device, torch.float32), plan.height, plan.width)
+                    shown = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    tensors |= callback_on_step_end(self, i, t, shown)
+                    canvas = self.unpack_canvas(tensors["latents"], *size)
                     check_finite(canvas, f"the latents from the callback {place}", "Correct it.", cell)
                     branches[0] = branches[0]._replace(prompt_embeds=tensors["prompt_embeds"])
 
@@ -1620,6 +1586,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         images: Any
         if output_type == "latent":
             images = self.pack_canvas(canvas)
+            self.maybe_free_model_hooks()
         else:
             residual_of = (pixels, image_latents) if vae_residual else None
             strips = self.decode_strips(canvas, plan, residual_of, num_prompts)
@@ -1630,14 +1597,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
                 images = [PIL.Image.fromarray(item) for item in images]
             elif output_type == "pt":
                 images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-
-        # Offload all models; strips do so at their end
-        if output_type != "strips":
-            self.maybe_free_model_hooks()
-
-        if not return_dict:
-            return (images,)
-        return FluxPipelineOutput(images=images)
+        return FluxPipelineOutput(images=images) if return_dict else (images,)
 
 
 # ---- Helpers of the pipeline ---------------------------------------------------------------------------------------

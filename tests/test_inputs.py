@@ -562,9 +562,9 @@ BAD_COMBINATIONS = {
         {"callback_on_step_end": print, "callback_on_step_end_tensor_inputs": None},
     ),
     "the residual of latents": Case(
-        "vae_residual", "not latents", {"image": LATENTS, "vae_residual": True, "dino_conditioning_scale": 0}
+        "vae_residual", "with latents", {"image": LATENTS, "vae_residual": True, "dino_conditioning_scale": 0}
     ),
-    "a residual at the end": Case("vae_residual", "not latents", {"output_type": "latent", "vae_residual": True}),
+    "a residual at the end": Case("vae_residual", "with latents", {"output_type": "latent", "vae_residual": True}),
     # DINO
     "start after end": Case("dino_guidance_end", r"0\.2", {"dino_guidance_start": 0.8, "dino_guidance_end": 0.2}),
     "no whole step in the window": Case(
