@@ -113,28 +113,26 @@ EXAMPLE_DOC_STRING = """
 
 # ---- Checks --------------------------------------------------------------------------------------------------------
 
-# Least and greatest value of each whole number and each number, and what it is.
-WHOLE_NUMBERS = {
-    "height": (1, math.inf, "the output's size in pixels"),
-    "width": (1, math.inf, "the output's size in pixels"),
-    "pixels_per_token": (1, math.inf, "16 for FLUX.1"),
-    "tile_overlap": (0, math.inf, "the least overlap of two tiles in pixels"),
-    "tile_batch_size": (1, math.inf, "the tiles in one transformer call"),
-    "num_inference_steps": (1, math.inf, "the denoising steps"),
-    "first_step": (0, math.inf, "the steps that `latents` have behind them"),
-    "num_images_per_prompt": (1, math.inf, "the results for each prompt"),
-    "max_sequence_length": (1, 512, "the text tokens"),
-    "token_grid": (1, math.inf, "the rows and columns of tokens of a tile"),
-}
-NUMBERS = {
-    "upscale_factor": (1, 8, "upscale in several calls for more"),
-    "strength": (0, 1, "the share of the steps that are executed"),
-    "start_sigma": (0.01, 1, "the share of noise in the latents at the start"),
-    "guidance_scale": (0, 1000, "about 3.5 for FLUX.1-dev"),
-    "true_cfg_scale": (0, 1000, "1 is off"),
-    "dino_conditioning_scale": (0, 100, "0 is off, 1 is as trained"),
-    "dino_guidance_start": (0, 1, "a share of the steps"),
-    "dino_guidance_end": (0, 1, "a share of the steps"),
+# Kind of each number, its least and its greatest value, and what it is.
+LIMITS = {
+    "height": (numbers.Integral, 1, math.inf, "the output's size in pixels"),
+    "width": (numbers.Integral, 1, math.inf, "the output's size in pixels"),
+    "pixels_per_token": (numbers.Integral, 1, math.inf, "16 for FLUX.1"),
+    "tile_overlap": (numbers.Integral, 0, math.inf, "the least overlap of two tiles in pixels"),
+    "tile_batch_size": (numbers.Integral, 1, math.inf, "the tiles in one transformer call"),
+    "num_inference_steps": (numbers.Integral, 1, math.inf, "the denoising steps"),
+    "first_step": (numbers.Integral, 0, math.inf, "the steps that `latents` have behind them"),
+    "num_images_per_prompt": (numbers.Integral, 1, math.inf, "the results for each prompt"),
+    "max_sequence_length": (numbers.Integral, 1, 512, "the text tokens"),
+    "token_grid": (numbers.Integral, 1, math.inf, "the rows and columns of tokens of a tile"),
+    "upscale_factor": (numbers.Real, 1, 8, "upscale in several calls for more"),
+    "strength": (numbers.Real, 0, 1, "the share of the steps that are executed"),
+    "start_sigma": (numbers.Real, 0.01, 1, "the share of noise in the latents at the start"),
+    "guidance_scale": (numbers.Real, 0, 1000, "about 3.5 for FLUX.1-dev"),
+    "true_cfg_scale": (numbers.Real, 0, 1000, "1 is off"),
+    "dino_conditioning_scale": (numbers.Real, 0, 100, "0 is off, 1 is as trained"),
+    "dino_guidance_start": (numbers.Real, 0, 1, "a share of the steps"),
+    "dino_guidance_end": (numbers.Real, 0, 1, "a share of the steps"),
 }
 CHOICES: dict[str, tuple] = {
     "vae_residual": (None, False, True),
@@ -161,8 +159,8 @@ def check_values(**values: Any) -> None:
             is_right = type(value) in map(type, CHOICES[name]) and value in CHOICES[name]
             check(name, value, is_right, f"one of {', '.join(map(repr, CHOICES[name]))}")
         elif value is not None or name not in OPTIONAL:
-            kind, noun = (numbers.Integral, "a whole number") if name in WHOLE_NUMBERS else (numbers.Real, "a number")
-            low, high, meaning = {**WHOLE_NUMBERS, **NUMBERS}[name]
+            kind, low, high, meaning = LIMITS[name]
+            noun = "a whole number" if kind is numbers.Integral else "a number"
             is_number = isinstance(value, kind) and not isinstance(value, bool)
             limits = f"of at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
             check(name, value, is_number and low <= value <= high, f"{noun} {limits} ({meaning})")
@@ -305,8 +303,8 @@ def choose_tile_size(rows: int, columns: int, overlap: int) -> tuple[int, int]:
     """
     The tile size that covers a canvas with the fewest tokens, text and DINO tokens included; all lengths in tokens.
 
-    For each number of tiles down and across, the smallest tile that covers the canvas competes, or, where that is
-    smaller than `MIN_TILE_TOKENS`, the smallest large enough. If none fits, the size that FLUX was trained on.
+    For each number of tiles down and across, the smallest tile of at least `MIN_TILE_TOKENS` that covers the canvas
+    competes. If none fits, the size that FLUX was trained on.
     """
 
     def smallest_sides(length: int) -> set[int]:
@@ -344,8 +342,8 @@ def plan_tiles(
 
     Args:
         tile_size (`int` or `tuple[int, int]`, *optional*):
-            Side, or height and width, of a tile in pixels, a multiple of `pixels_per_token`. A canvas smaller than
-            that is one tile. When `None`, the size with the least work for this output.
+            Side, or height and width, of a tile in pixels, a multiple of `pixels_per_token`. By default the size with
+            the least work. A canvas smaller than that is one tile.
         tile_overlap (`int`, defaults to 64): The least overlap of neighbours in pixels, rounded up to whole tokens.
         pixels_per_token (`int`, defaults to 16): Side of a transformer token in pixels.
 
@@ -401,18 +399,16 @@ def blend_tiles(tiles: Iterable[torch.Tensor], plan: TilePlan, pixels_per_cell: 
 
 class DinoProjector(ModelMixin, ConfigMixin):
     r"""
-    Projects a grid of DINO patch features to tokens of the FLUX text stream: LayerNorm, Linear, SiLU, Linear, and a
-    gain for each output channel. It is the form of [`~pipelines.flux.modeling_flux.ReduxImageEncoder`] with a norm
-    before and a gain after. The config records all that inference has to know about the training.
+    Projects a grid of DINO patch features to tokens of the FLUX text stream, as
+    [`~pipelines.flux.modeling_flux.ReduxImageEncoder`] does, with a norm before and a gain for each channel after. The
+    config records all that inference has to know about the training.
 
     Args:
-        in_dim (`int`, defaults to 768):
-            Features of a patch: the encoder's hidden size times the number of `layers`.
+        in_dim (`int`, defaults to 768): Features of a patch: the encoder's hidden size times the number of `layers`.
         out_dim (`int`, defaults to 4096): `joint_attention_dim` of the transformer.
         hidden_dim (`int`, defaults to 4096): Width of the hidden layer.
         token_grid (`int`, defaults to 16):
-            Rows and columns of tokens that the patches of a tile are averaged to; 16 gives 256 tokens a tile. A tile
-            with fewer patches keeps its own grid.
+            Rows and columns of tokens that a tile's patches are averaged to; a tile with fewer keeps its own grid.
         layers (`list[int]`, defaults to `[-1]`):
             Hidden states of the encoder that are concatenated, each after the encoder's final norm.
         position_mode (`str`, defaults to `"zero"`):
@@ -423,9 +419,8 @@ class DinoProjector(ModelMixin, ConfigMixin):
             Mean and standard deviation of red, green and blue in [0, 1] that the encoder expects.
         sigma_min, sigma_max (`float`, *optional*): The least and the greatest noise level of the training.
         num_prompt_tokens, pooled_dim (`int`, default to 0):
-            Shapes of the empty prompt's embeddings, if the projector carries them so that calls without a prompt need
-            no text encoders: buffers `prompt_embeds` `(1, num_prompt_tokens, out_dim)` and `pooled_prompt_embeds`
-            `(1, pooled_dim)`.
+            If above 0, the empty prompt's embeddings are buffers, and calls without a prompt need no text encoders:
+            `prompt_embeds` `(1, num_prompt_tokens, out_dim)` and `pooled_prompt_embeds` `(1, pooled_dim)`.
     """
 
     @register_to_config
@@ -471,9 +466,8 @@ class DinoProjector(ModelMixin, ConfigMixin):
 
     def position_ids(self, grid: tuple[int, int], tile_tokens: tuple[int, int]) -> torch.Tensor:
         r"""
-        Rotary positions `(rows * columns, 3)` of the tokens, in float32, to go before the text's in `txt_ids`: zeros,
-        or `(0, row, column)` of the centre of the described place, in image tokens. `grid` and `tile_tokens` are the
-        rows and columns of DINO tokens and of image tokens of a tile.
+        Rotary positions `(rows * columns, 3)` of a tile's grid of DINO tokens: zeros, or `(0, row, column)` of the
+        centre of the described place in its image tokens.
         """
         ids = torch.zeros(*grid, 3)
         if self.config.position_mode == "tile":
@@ -628,38 +622,29 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
     Enlarges images with FLUX.1 in overlapping tiles, each told by DINO features what it shows.
 
     The image is resized, its latents are noised a little and denoised tile by tile; the tiles are blended in latent
-    space and decoded. Without a projector it is a plain tiled image-to-image pipeline, and with a single tile and
-    `strength` it equals [`FluxImg2ImgPipeline`], whose methods for saving, loading, LoRA, IP-Adapter and offloading it
-    inherits. The text encoders are not needed with `prompt_embeds`, nor without a prompt if the projector carries the
-    embeddings of the empty one.
+    space and decoded. With a single tile and `strength`, and without projector, it equals [`FluxImg2ImgPipeline`],
+    whose methods for saving, loading, LoRA, IP-Adapter and offloading it inherits. The text encoders are not needed
+    with `prompt_embeds`, nor without a prompt if the projector carries the embeddings of the empty one.
 
-    All that is computed tile by tile goes through the attribute `map_tiles`, a callable like `map`: replace it to
-    decide where or when.
+    All that is computed for tiles goes through the attribute `map_tiles`, like `map`: replace it to say where or when.
 
     Args:
         scheduler, vae, text_encoder, tokenizer, text_encoder_2, tokenizer_2, transformer, image_encoder,
         feature_extractor: The components of [`FluxImg2ImgPipeline`].
-        dino_encoder ([`PreTrainedModel`], *optional*):
-            DINO backbone: `Dinov2Model`, `Dinov2WithRegistersModel` or `DINOv3ViTModel`.
-        dino_projector ([`DinoProjector`], *optional*):
-            Projector from the features of `dino_encoder` to the text stream of `transformer`.
+        dino_encoder (`Dinov2Model`, `Dinov2WithRegistersModel` or `DINOv3ViTModel`, *optional*): DINO backbone.
+        dino_projector ([`DinoProjector`], *optional*): Projects its features to the transformer's text stream.
         default_start_sigma (`float`, *optional*, defaults to 0.35):
             Where a call starts that says nothing else. A model that knows less than FLUX.1 starts with less noise.
         default_tile_size (`int`, *optional*):
-            Side in pixels of the tiles of a call that says nothing else, for a transformer that was trained on no
-            larger pictures. Planned by default.
+            Side in pixels of a call's tiles, for a transformer that knows no larger pictures. Planned by default.
         default_vae_residual (`bool`, *optional*, defaults to `False`):
-            Whether a call that says nothing else adds what the VAE loses of the input, for a VAE that loses much.
+            Whether a call that says nothing else has `vae_residual`, for a VAE that loses much.
     """
 
     # Running a model frees the one before it. DINO may not run, so it must not stand between T5 and the transformer.
-    model_cpu_offload_seq = (
-        "dino_encoder->dino_projector->text_encoder->text_encoder_2->image_encoder->transformer->vae"
-    )
-    _optional_components = [
-        *("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "image_encoder", "feature_extractor"),
-        *("dino_encoder", "dino_projector"),
-    ]
+    model_cpu_offload_seq = f"dino_encoder->dino_projector->{FluxImg2ImgPipeline.model_cpu_offload_seq}"
+    _optional_components = [*FluxImg2ImgPipeline._optional_components, "dino_encoder", "dino_projector"]
+    _optional_components += ["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"]
 
     def __init__(
         self,
@@ -681,11 +666,8 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         text_parts = (text_encoder, tokenizer, text_encoder_2, tokenizer_2)
         super().__init__(scheduler, vae, *text_parts, transformer, image_encoder, feature_extractor)
         self.register_modules(dino_encoder=dino_encoder, dino_projector=dino_projector)
-        self.register_to_config(
-            default_start_sigma=default_start_sigma,
-            default_tile_size=default_tile_size,
-            default_vae_residual=default_vae_residual,
-        )
+        self.register_to_config(default_start_sigma=default_start_sigma, default_tile_size=default_tile_size)
+        self.register_to_config(default_vae_residual=default_vae_residual)
         self._joint_attention_kwargs: dict[str, Any] = {}
         self.map_tiles: Callable[[Callable[[Any], torch.Tensor], Sequence], Iterable[torch.Tensor]] = map
 
@@ -705,8 +687,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         After `from_pretrained` it also restores those of a saved pipeline.
 
         Args:
-            pretrained_model_name_or_path (`str` or `Path`):
-                Hub repo or local folder that holds `subfolder`, or a local folder of a projector itself.
+            pretrained_model_name_or_path (`str` or `Path`): Repo or folder with `subfolder`, or a projector's folder.
             subfolder, revision, token, variant: As for [`~DiffusionPipeline.from_pretrained`].
             dino_encoder (`str`, `Path` or `PreTrainedModel`, *optional*):
                 A DINO model, or its repo or folder. By default the folder `dino_encoder` beside a local projector,
@@ -816,10 +797,9 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         self, strength=None, sigmas=None, start_sigma=None, num_inference_steps=None, guidance_scale=None
     ) -> tuple[int, float, float | None]:
         r"""
-        Steps, guidance and start sigma where the caller leaves them out.
-
-        A transformer with guidance embeddings is taken for FLUX.1-dev, one without for the distilled FLUX.1-schnell.
-        From a start sigma every step is executed, so dev needs fewer of them than with `strength`.
+        Steps, guidance and start sigma where the caller leaves them out. A transformer with guidance embeddings is
+        taken for FLUX.1-dev, one without for the distilled FLUX.1-schnell. From a start sigma every step is executed,
+        so dev needs fewer of them than with `strength`.
         """
         if strength is None and sigmas is None and start_sigma is None:
             start_sigma = self.config.default_start_sigma
@@ -844,9 +824,9 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
 
     def check_image(self, image: PipelineImageInput) -> list[PIL.Image.Image] | torch.Tensor:
         r"""
-        Returns what a call takes as `image` in one of two forms: a list of PIL images, or a tensor `(batch, channels,
-        height, width)` of pixels in [0, 1] or, with the VAE's channels, of latents. Raises a `ValueError` unless the
-        images are of one kind and size, with 1 or 3 channels (PIL: any mode) and finite values in [0, 1].
+        What a call takes as `image`, checked, as a list of PIL images or a tensor `(batch, channels, height, width)`
+        of pixels in [0, 1] or, with the VAE's channels, of latents. Raises a `ValueError` unless the images are of one
+        kind and size, with 1 or 3 channels (PIL: any mode) and finite values in [0, 1].
         """
         if self.is_latents(image):
             check_tensor("image", image, (None, self.latent_channels, None, None), "latents of the output's size")
@@ -996,11 +976,8 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
     def prepare_image(self, image: PipelineImageInput, height: int, width: int) -> torch.Tensor:
         r"""
         Resizes what a call takes as `image` (PIL by Lanczos, arrays and tensors by antialiased bicubic) and pads it to
-        whole tokens by repeating its last row and column.
-
-        Returns:
-            `torch.Tensor` of shape `(batch, 3, padded height, padded width)` on the CPU: bytes from PIL images, which
-            take a quarter of the memory, else float32 in [-1, 1]. [`~FluxDinoTilePipeline.crop_pixels`] reads both.
+        whole tokens by repeating its last row and column: `(batch, 3, padded height, padded width)` on the CPU, bytes
+        from PIL images, else float32 in [-1, 1]. [`~FluxDinoTilePipeline.crop_pixels`] reads both.
         """
         return self.resize_image(self.check_image(image), height, width)
 
@@ -1062,10 +1039,8 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
     ) -> Iterator[torch.Tensor]:
         r"""
         Decodes `(batch, latent channels, rows, columns)` latents tile by tile and yields the padded image from top to
-        bottom, in strips `(batch, 3, rows, width)`, about in [-1, 1], in float32. Only one row of tiles is held.
-
-        With `residual_of`, a prepared image and its latents, each tile gets what the VAE loses of that image; latents
-        of several prompts have it once for each.
+        bottom, in strips `(batch, 3, rows, width)`, about in [-1, 1], in float32. Only one row of tiles is held. With
+        `residual_of`, a prepared image and its latents, each tile gets what the VAE loses of it, for every prompt.
         """
 
         def decode_crop(canvas: torch.Tensor, tile: Tile) -> torch.Tensor:
@@ -1148,8 +1123,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
     ) -> torch.Tensor:
         r"""
         DINO features `(num_tiles, batch, grid rows, grid columns, features)` of every tile, to be passed as
-        `dino_embeds` to calls with the same arguments, for example to try several strengths. Raises a `ValueError` if
-        no projector is loaded, or an argument is out of range.
+        `dino_embeds` to calls with the same arguments. Raises a `ValueError` as a call, or if no projector is loaded.
         """
         if self.dino_encoder is None or self.dino_projector is None:
             raise ValueError("`encode_dino` needs a DINO encoder and a projector. Call `load_dino_projector` first.")
@@ -1165,8 +1139,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
 
     def encode_dino_tiles(self, image: torch.Tensor, plan: TilePlan) -> torch.Tensor:
         r"""
-        DINO features `(num_tiles, batch, grid rows, grid columns, features)` of the tiles of a prepared image
-        `(batch, 3, height, width)`. Every tile is resized so that one DINO patch lies under each transformer token.
+        The same of the tiles of a prepared image. Every tile is resized so that one DINO patch lies under each token.
         (The encoder's own image processor would crop the tile's centre.)
         """
         patch_size, config = self.dino_encoder.config.patch_size, self.dino_projector.config
@@ -1258,7 +1231,6 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
     ) -> torch.Tensor:
         r"""
         One transformer call: noisy latents `(tiles * batch, latent channels, rows, columns)` to velocities in float32.
-
         `timestep` is the scheduler's, a scalar, or one for each entry, as is `guidance` of shape `(1,)`. `branch` has
         `batch` entries, which are repeated for the tiles, and `dino` has the tokens of these tiles in order.
         """
@@ -1270,9 +1242,8 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         # The transformer changes the dictionary that it gets.
         joint_attention_kwargs = dict(self.joint_attention_kwargs)
         if branch.ip_adapter_embeds is not None:
-            joint_attention_kwargs["ip_adapter_image_embeds"] = [
-                embeds.repeat(repeats, *[1] * (embeds.ndim - 1)) for embeds in branch.ip_adapter_embeds
-            ]
+            ip_adapter_embeds = [embeds.repeat(repeats, 1, 1) for embeds in branch.ip_adapter_embeds]
+            joint_attention_kwargs["ip_adapter_image_embeds"] = ip_adapter_embeds
         if dino is not None:
             # Before the text, so that both groups of keys are views for the attention: it knows no order of tokens.
             encoder_hidden_states = torch.cat([dino.tokens.flatten(0, 1).to(dtype), encoder_hidden_states], dim=1)
@@ -1300,10 +1271,8 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
     ) -> torch.Tensor:
         r"""
         The velocity of a noisy canvas `(batch, latent channels, rows, columns)`, blended from its tiles', which the
-        transformer predicts for `batches` of tile numbers.
-
-        Tiles in `frozen`, which has their clean latents by number, go straight there: on the line
-        `x = (1 - sigma) * clean + sigma * noise` the velocity is `noise - clean = (x - clean) / sigma`.
+        transformer predicts for `batches` of tile numbers. `frozen` tiles go straight to their clean latents: on the
+        line `x = (1 - sigma) * clean + sigma * noise` the velocity is `noise - clean = (x - clean) / sigma`.
         """
         cell, sigma = self.vae_scale_factor, timestep / self.scheduler.config.num_train_timesteps
 
@@ -1393,10 +1362,8 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             height, width (`int`, *optional*): Size of the output in pixels, any size. Pass both.
             strength (`float`, *optional*): Share of the steps that are executed; `start_sigma` says the noise itself.
             num_inference_steps (`int`, *optional*):
-                Denoising steps. Defaults to 4 without guidance embeddings (schnell), else to 12 with `start_sigma` and
-                28 with `strength` (dev). From a `start_sigma` all of them are executed.
-            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
-                Source of the noise, drawn once for the whole image.
+                Denoising steps. By default 4 (schnell), or (dev) 12 from a `start_sigma`, which executes all, else 28.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): Of the noise, drawn for all tiles.
             latents (`torch.Tensor`, *optional*):
                 Noisy latents to start from instead of the noised image, packed: `(batch, tokens, 4 * latent channels)`
                 for the output padded to whole tokens.
@@ -1404,11 +1371,9 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
                 "pil", "np", "pt", "latent" for the packed latents of the padded output, or "strips" for an iterator of
                 byte arrays `(batch, rows, width, 3)` from top to bottom, for pictures that do not fit into memory.
             callback_on_step_end (`Callable`, *optional*):
-                Called once after each step with `(pipeline, step, timestep, callback_kwargs)`; `callback_kwargs` holds
-                `latents`, the packed float32 latents of the whole canvas, and may return changed ones.
+                Gets and may change `latents`, the packed float32 latents of the whole canvas, after each step.
             max_sequence_length (`int`, *optional*):
-                Text tokens of the T5 encoder; fewer make every step faster. Defaults to what the model was trained
-                with, 256 without guidance embeddings (schnell), else 512 (dev).
+                Text tokens of T5; fewer make every step faster. Defaults to the model's 256 (schnell) or 512 (dev).
             upscale_factor (`float`, *optional*): Enlargement from 1 to 8. Defaults to 4 unless a size is given.
             start_sigma (`float`, *optional*):
                 Share of noise in the latents at the start, from 0.01 to 1: how much FLUX may change. Without it,
@@ -1424,13 +1389,10 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             dino_guidance_end (`float`, defaults to 1.0): Share of the steps after which they are dropped.
             dino_embeds (`torch.Tensor`, *optional*): Features from [`~FluxDinoTilePipeline.encode_dino`].
             vae_residual (`bool`, *optional*, defaults to the pipeline's `default_vae_residual`, `False`):
-                Adds what the VAE loses of the input, such as grain and lettering: the input less what it decodes to,
-                without a step of the transformer. It costs another decoding. Not for latents.
-            first_step (`int`, defaults to 0):
-                Goes on with this step from `latents` as a callback saw them after the step before.
+                Adds what the VAE loses of the input, as grain and lettering, by another decoding. Not for latents.
+            first_step (`int`, defaults to 0): Step to go on with, from `latents` as a callback saw them before it.
             frozen_tiles (`Sequence[int]`, defaults to none):
-                Numbers of tiles of the plan that are not denoised but end at `frozen_latents`. Their neighbours blend
-                into them by the same windows.
+                Numbers of tiles of the plan that are not denoised but end at `frozen_latents`.
             frozen_latents (`torch.Tensor`, *optional*): Packed clean latents of the canvas; by default the input's.
 
         Examples:
