@@ -707,8 +707,8 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             raise OSError(f"There is no folder {folder}.")
         if (folder / "config.json").is_file() and not (folder / subfolder).is_dir():
             folder, subfolder = folder.parent, folder.name
-        dtype, location = self.transformer.dtype, {"revision": revision, "token": token}
-        weights: dict[str, Any] = {"use_safetensors": True, "variant": variant}
+        dtype, weights = self.transformer.dtype, {"use_safetensors": True, "variant": variant}
+        location: dict[str, Any] = {"revision": revision, "token": token}
         config = DinoProjector.load_config(str(folder), subfolder=subfolder, **location)
         is_projector = isinstance(config, dict) and config.get("_class_name") == DinoProjector.__name__
         check("pretrained_model_name_or_path", place, is_projector, "a DinoProjector's place")
@@ -721,6 +721,9 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             name = projector.config.dino_model if encoder is None else str(encoder)
             if encoder is None and (name is None or (folder / "dino_encoder").is_dir()):
                 name, location["subfolder"] = str(folder), "dino_encoder"
+            else:
+                # Another repo has revisions and variants of its own.
+                location, weights["variant"] = {"token": token}, None
             # Read first, because a config makes lists and tables as long as its sizes.
             for key, value in PreTrainedConfig.get_config_dict(name, **location)[0].items():
                 most = 100 if key == "num_hidden_layers" else 100_000

@@ -357,7 +357,6 @@ def measure_step(pipe, plan, dino_strength: float, repeats: int, ceiling: float)
     """Times the transformer for one tile. It is compiled anew, so that no shape of an earlier step counts."""
     torch.compiler.reset()
     device = pipe._execution_device
-    pipe._joint_attention_kwargs = {}
     rows, columns = plan.tile_tokens
     embeds, pooled_embeds = pipe.default_prompt_embeds
     branch = PromptBranch(embeds, pooled_embeds, None)

@@ -1158,6 +1158,15 @@ def test_a_variant_of_the_weights(tmp_path):
         tiny_pipeline().load_dino_projector(tmp_path)
 
 
+def test_a_variant_of_the_projector_says_nothing_of_another_encoder(tmp_path):
+    source = tiny_pipeline(dino="dinov2")
+    source.dino_projector.save_pretrained(tmp_path / "projector", variant="fp16")
+    source.dino_encoder.save_pretrained(tmp_path / "encoder")
+    pipe = tiny_pipeline()
+    pipe.load_dino_projector(tmp_path / "projector", variant="fp16", dino_encoder=tmp_path / "encoder")
+    assert pipe.dino_encoder is not None
+
+
 @pytest.mark.parametrize(("part", "name"), [("transformer", "FluxTransformer2DModel"), ("dino_encoder", "model")])
 def test_another_model_is_no_projector(tmp_path, own_pipe, part, name):
     getattr(own_pipe, part).save_pretrained(tmp_path)

@@ -120,7 +120,6 @@ def velocity_losses(pipe: FluxDinoTilePipeline, held_out: Path, resolution: int,
     source = ImageFolder(held_out, seed)
     sampling = Sampling(resolution, (float(FACTOR), float(FACTOR)), ("bicubic",))
     plan = pipe.plan_tiles(resolution, resolution, resolution)
-    pipe._joint_attention_kwargs = {}
     branch = PromptBranch(pipe.dino_projector.prompt_embeds, pipe.dino_projector.pooled_prompt_embeds)
     sigmas = bin_centers(SIGMA_MIN, SIGMA_MAX, NUM_SIGMAS)
     losses = []

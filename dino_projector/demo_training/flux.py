@@ -107,7 +107,6 @@ class FluxStage(Stage):
             vae.encoder.compile(dynamic=False)  # two kinds of batches, one for each side
         self.language = Language(sizes.text_dim, device)
         self.pipe = make_pipeline(vae.eval().requires_grad_(False), self.working)
-        self.pipe._joint_attention_kwargs = {}
         self.copies = [self.transformer, self.average]
         self.modules = {"transformer": self.transformer, "average": self.average}
         self.optimizers = {"transformer": self.make_optimizer(self.transformer, betas=(0.9, 0.99), weight_decay=0.01)}
@@ -165,7 +164,6 @@ class FluxStage(Stage):
         own = self.caption(images, self.sizes.token_grid, "zero")
         captions = {"own": own, "other": own._replace(tokens=own.tokens.roll(1, dims=1)), "none": None}
         pipe = make_pipeline(self.pipe.vae, self.average)
-        pipe._joint_attention_kwargs = {}
         numbers = {}
         for name, caption in captions.items():
             for sigma in MEASURE_SIGMAS:

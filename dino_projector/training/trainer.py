@@ -133,7 +133,6 @@ def avoid_cudnn_attention() -> None:
 
 def prepare_transformer(pipe: FluxDinoTilePipeline, gradient_checkpointing: bool, compiles: bool) -> None:
     avoid_cudnn_attention()
-    pipe._joint_attention_kwargs = {}
     if gradient_checkpointing:
         pipe.transformer.enable_gradient_checkpointing()
     if compiles:
