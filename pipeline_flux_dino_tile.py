@@ -529,7 +529,10 @@ def select_lse_attention(backend: str, device: torch.device, dtype: torch.dtype)
         return flash_attention_with_lse if backend == "native" else None
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return None
-    is_hopper = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip is None and capability < (8, 0):
+        return None  # these kernels begin with Ampere
+    is_hopper = torch.version.hip is None and capability >= (9, 0)
     native = cudnn_attention_with_lse if is_hopper else flash_attention_with_lse
     kernels = {"native": native, "_native_cudnn": cudnn_attention_with_lse, "_native_flash": flash_attention_with_lse}
     return kernels.get(backend)
@@ -645,6 +648,8 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
     model_cpu_offload_seq = f"dino_encoder->dino_projector->{FluxImg2ImgPipeline.model_cpu_offload_seq}"
     _optional_components = [*FluxImg2ImgPipeline._optional_components, "dino_encoder", "dino_projector"]
     _optional_components += ["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"]
+    # Sequential offloading would take the embeddings that it carries away from where a call reads them.
+    _exclude_from_cpu_offload = ["dino_projector"]
 
     def __init__(
         self,
@@ -897,6 +902,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         has_text_encoders = self.text_encoder is not None and self.text_encoder_2 is not None
         has_image_encoder = self.image_encoder is not None and self.feature_extractor is not None
         has_adapter_input = adapters is not None and any(x is not None for side in sides.values() for x in side[4:])
+        adapter_counts: set[tuple[str, int]] = set()
         for prefix, side in sides.items():
             for name, text in ((f"{prefix}prompt", side.prompt), (f"{prefix}prompt_2", side.prompt_2)):
                 entries = text if isinstance(text, list) else [""] if text is None else [text]
@@ -926,6 +932,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
                 for layer, value in zip(layers, embeds):
                     shape = (None, None, layer.image_embeds.in_features)
                     check_tensor(f"{name}_embeds", value, shape, "image embeddings")
+                adapter_counts |= {(f"{name}_embeds", len(value)) for value in embeds}
         texts = {f"{prefix}{name}": x for prefix, side in sides.items() for name, x in zip(side._fields[:4], side)}
         super().check_inputs(**texts, strength=0, height=0, width=0, callback_on_step_end_tensor_inputs=tensor_inputs)
         counts = {name: len(x) if isinstance(x, (list, torch.Tensor)) else 1 for name, x in texts.items()}
@@ -940,6 +947,8 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             ("negative_prompt_embeds", {1, num_prompts}),
         ):
             check(name, counts[name], counts[name] in allowed, f"{max(allowed)} for as many prompts")
+        for name, count in adapter_counts:
+            check(name, count, count in (1, num_prompts), f"1, or {num_prompts} for as many prompts")
         return num_prompts, num_tokens
 
     def check_dino_inputs(self, is_latent, plan, num_images, scale, dino_embeds, kwargs) -> None:
@@ -958,8 +967,8 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             if dino_embeds is None and is_latent:
                 raise ValueError("`image` holds latents, which DINO cannot see. Pass `dino_embeds` or pixels.")
             self.check_dino_components(self.dino_encoder.config if dino_embeds is None else None, self.dino_projector)
-        if scale not in (0, 1):
             check("joint_attention_kwargs", list(kwargs), "attention_mask" not in kwargs, "without `attention_mask`")
+        if scale not in (0, 1):
             obstacle = self.find_obstacle_to_strength()
             check("dino_conditioning_scale", scale, obstacle is None, f"0 or 1 with {obstacle}")
 
@@ -1285,7 +1294,8 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             velocities = []
             for side, branch in enumerate(branches):
                 # A cache of diffusers must not take one tile, or the other side of true CFG, for the last step.
-                with self.transformer.cache_context(f"tile {indices[0]}, side {side}"):
+                # Nor may what it keeps of a step with DINO's tokens serve one without.
+                with self.transformer.cache_context(f"tile {indices[0]}, side {side}, DINO {dino is not None}"):
                     velocities.append(self.predict_velocity(latents, timestep, branch, guidance, batch_dino))
             velocity, *negative = velocities
             return negative[0] + true_cfg_scale * (velocity - negative[0]) if negative else velocity
@@ -1446,9 +1456,10 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         check("first_step", first_step, first_step == 0 or latents is not None, "0 without `latents` to go on from")
         in_plan = isinstance(frozen_tiles, Sequence)
         in_plan = in_plan and all(isinstance(x, numbers.Integral) and 0 <= x < len(plan) for x in frozen_tiles)
-        check("frozen_tiles", frozen_tiles, in_plan, f"numbers of the plan's {len(plan)} tiles")
-        generators = generator if isinstance(generator, list) else [generator] * batch_size
-        is_complete = len(generators) == batch_size and all(isinstance(x, torch.Generator | None) for x in generators)
+        check("frozen_tiles", frozen_tiles, in_plan, f"a list of numbers of the plan's {len(plan)} tiles")
+        is_complete = isinstance(generator, torch.Generator | None)
+        if isinstance(generator, list):
+            is_complete = len(generator) == batch_size and all(isinstance(x, torch.Generator) for x in generator)
         check("generator", generator, is_complete, f"a `torch.Generator`, or a list of {batch_size}")
         is_decoded = output_type != "latent" and not is_latent
         check("vae_residual", vae_residual, is_decoded or not vae_residual, "False with latents")
@@ -1529,6 +1540,9 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             guidance = torch.full([1], guidance_scale, device=device, dtype=torch.float32)
         batches = split_evenly([index for index in range(len(plan)) if index not in frozen], tile_batch_size)
         num_calls = (num_steps - first_step) * len(batches)
+        if self.transformer.is_cache_enabled:
+            # An earlier call may have ended before it reset the caches, which only a private method does.
+            self.transformer._reset_stateful_cache()
         with self.dino_attention(dino), self.progress_bar(total=num_calls) as progress_bar:
             for i, t in list(enumerate(timesteps))[first_step:]:
                 if self.interrupt:
@@ -1537,7 +1551,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
                 velocity = self.predict_canvas_velocity(canvas, t, plan, batches, frozen, *conditions, progress_bar)
                 place = f"at step {i + 1} of {num_steps}, sigma {step_sigmas[i]:.4g},"
                 check_finite(velocity, f"the velocity {place}", MODEL_REMEDY, cell)
-                canvas = self.scheduler.step(velocity, t, canvas, return_dict=False)[0]
+                canvas = self.scheduler.step(velocity, t, canvas, generator=generator, return_dict=False)[0]
 
                 if callback_on_step_end is not None:
                     tensors = {"latents": self.pack_canvas(canvas), "prompt_embeds": branches[0].prompt_embeds}

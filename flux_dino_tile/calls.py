@@ -26,6 +26,7 @@ import PIL.Image
 import torch
 from accelerate.utils import align_module_device
 from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 
 from pipeline_flux_dino_tile import FluxDinoTilePipeline, TilePlan, check
 
@@ -73,17 +74,25 @@ def describe(value: Any) -> Any:
     return value if value is None or isinstance(value, (str, int, float)) else str(value)
 
 
+def public_entries(config: Mapping) -> dict[str, Any]:
+    """A config without what diffusers notes for itself: its version, a folder, an order that no process repeats."""
+    return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
 def describe_model(model: torch.nn.Module) -> str:
     """
     A model's class with a digest of its config, of some values of each weight that is not quantized, and of the state
-    of its LoRA layers. It is the same wherever offloading keeps the weights.
+    of its LoRA layers and IP-Adapters. It is the same wherever offloading keeps the weights.
     """
-    config = model.config if isinstance(model.config, Mapping) else {}
-    parts: list[Any] = [{name: value for name, value in config.items() if not name.startswith("_")}]
+    own: Any = model.config
+    config = own if isinstance(own, Mapping) else own.to_dict()
+    parts: list[Any] = [public_entries(config)]
     for name, module in model.named_modules():
         parts.append(name)
         if hasattr(module, "lora_A"):
             parts.append([module.scaling, module.active_adapters, module.disable_adapters])
+        if isinstance(module, FluxIPAdapterAttnProcessor):
+            parts.append(module.scale)
         with align_module_device(module):
             weights = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
             plain = [weight for weight in weights if type(weight) in (torch.nn.Parameter, torch.Tensor)]
@@ -121,7 +130,7 @@ def describe_call(pipe: FluxDinoTilePipeline, arguments: dict[str, Any]) -> dict
         "tiles": describe(asdict(plan)),
         **{name: describe_model(model) for name, model in models.items()},
         "dtype": {name: str(model.dtype) for name, model in models.items() if name != "vae"},
-        "scheduler": [type(pipe.scheduler).__name__, describe(pipe.scheduler.config)],
+        "scheduler": [type(pipe.scheduler).__name__, describe(public_entries(pipe.scheduler.config))],
     }
 
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.image_processor import PipelineImageInput
 
-from pipeline_flux_dino_tile import FluxDinoTilePipeline, Tile, check
+from pipeline_flux_dino_tile import FluxDinoTilePipeline, check
 
 
 def low_frequencies(image: torch.Tensor, levels: int = 5) -> torch.Tensor:
@@ -60,7 +60,7 @@ def match_color(
     Gives results of a call the colours of its input.
 
     Args:
-        pipe ([`FluxDinoTilePipeline`]): Resizes the input as a call does, and computes on its device.
+        pipe ([`FluxDinoTilePipeline`]): Resizes the input as a call does.
         images (`PipelineImageInput`): What the call returned: PIL images, an array or a tensor of pixels.
         reference (`PipelineImageInput`): The call's `image`: one for all, or one for each of `images`.
         method (`str`):
@@ -80,9 +80,10 @@ def match_color(
     fits = len(references) in (1, len(results))
     check("reference", len(references), fits, f"1 picture, or one for each of {len(results)}")
     height, width = pipe.get_output_size(results, upscale_factor=1)
-    place = Tile(0, 0, height, width)
+    # On the CPU, since this takes the whole picture several times.
     pixels, target = (
-        pipe.crop_pixels(pipe.prepare_image(value, height, width), place) for value in (results, references)
+        value if value.is_floating_point() else pipe.image_processor.normalize(value.float() / 255)
+        for value in (pipe.prepare_image(x, height, width)[..., :height, :width] for x in (results, references))
     )
     first = images[0] if isinstance(images, (list, tuple)) else images
     output_type = "pt" if isinstance(first, torch.Tensor) else "np" if hasattr(first, "shape") else "pil"

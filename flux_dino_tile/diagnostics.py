@@ -245,10 +245,10 @@ def upscale_with_diagnosis(
         suspect_threshold (`float`, defaults to 0.5):
             Similarity, from -1 to 1, below which a tile is suspect: it may show what the input does not.
         redo_start_sigma (`float`, *optional*):
-            Denoises suspect tiles once more, from the input with this lower share of noise and with DINO in every
-            step, while all others are frozen as they are. Numbers and suspects are then those of the new picture. Of
-            several pictures only those with suspects change, and a tile that is suspect in one is done again in all of
-            these. A callback is called in these steps too; if it interrupts, the first picture stays.
+            Denoises suspect tiles once more, from the input with this lower share of noise and with DINO's tokens in
+            every step, while all others are frozen as they are. Numbers and suspects are then those of the new
+            picture. Of several pictures only those with suspects change, and a tile that is suspect in one is done
+            again in all of these. A callback is called in these steps too; if it interrupts, the first picture stays.
         **arguments: Of the call; `output_type` "pil", "np" or "pt".
 
     Raises:
@@ -266,6 +266,8 @@ def upscale_with_diagnosis(
         first_sigma = float(pipe.get_tile_timesteps(*schedule, plan)[0]) / pipe.scheduler.config.num_train_timesteps
         below = np.nextafter(first_sigma, 0)
         check_number("redo_start_sigma", redo_start_sigma, 0.01, below, "less noise than the call starts from")
+        # Refuses what this scheduler cannot start from.
+        pipe.get_tile_timesteps(call["num_inference_steps"], None, None, redo_start_sigma, plan)
 
     features, canvas = call["dino_embeds"], call["latents"]
     if features is None and has_dino:

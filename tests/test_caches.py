@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import FasterCacheConfig, FirstBlockCacheConfig, MagCacheConfig, PyramidAttentionBroadcastConfig
 from diffusers.hooks import TaylorSeerCacheConfig
+from PIL import Image
 
 from flux_dino_tile.resume import Checkpoint
 from tiny_models import tiny_pipeline
@@ -85,6 +86,25 @@ def test_the_next_picture_begins_with_an_empty_cache(name):
     pipe = cached_pipeline(name)
     expected = enlarge(pipe, picture())
     enlarge(pipe, picture(left=2.0))
+    assert torch.equal(enlarge(pipe, picture()), expected)
+
+
+@pytest.mark.parametrize("name", CACHES)
+@pytest.mark.parametrize("window", [{"dino_guidance_start": 0.5}, {"dino_guidance_end": 0.5}], ids=["late", "early"])
+def test_steps_with_and_without_dino_keep_caches_of_their_own(name, window):
+    """Their text streams have different lengths."""
+    pipe = tiny_pipeline(dino="dinov2")
+    pipe.transformer.enable_cache(CACHES[name])
+    image = Image.effect_noise((48, 32), 80).convert("RGB")
+    options = {**ARGUMENTS, **TILES, **window, "image": image, "upscale_factor": 2, "output_type": "pt"}
+    assert torch.isfinite(pipe(**options).images).all()
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_a_call_that_was_not_read_to_its_end_leaves_nothing_behind(name):
+    pipe = cached_pipeline(name)
+    expected = enlarge(pipe, picture())
+    pipe(image=picture(left=2.0), output_type="strips", **ARGUMENTS, **TILES)
     assert torch.equal(enlarge(pipe, picture()), expected)
 
 

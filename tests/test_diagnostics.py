@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 from flux_dino_tile.diagnostics import (
@@ -293,3 +294,18 @@ def test_wrong_arguments_are_named(pipe, kwargs, message):
 def test_redoing_needs_dino():
     with pytest.raises(ValueError, match="`redo_start_sigma` must be None without a DINO projector"):
         upscale_with_diagnosis(tiny_pipeline(), redo_start_sigma=0.2, **settings())
+
+
+def test_a_noise_that_the_scheduler_cannot_start_from_is_refused_before_the_picture_is_made():
+    pipe = tiny_pipeline(dino="dinov2")
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)
+    steps = []
+
+    def callback(pipeline, step, timestep, tensors):
+        steps.append(step)
+        return {}
+
+    options = settings(strength=0.9, callback_on_step_end=callback)
+    with pytest.raises(ValueError, match="`start_sigma` must be what this FlowMatchEulerDiscreteScheduler starts at"):
+        upscale_with_diagnosis(pipe, suspect_threshold=1.0, redo_start_sigma=0.2, **options)
+    assert steps == []

@@ -442,6 +442,7 @@ BAD_COMBINATIONS = {
     ),
     "two generators for one result": Case("generator", r"1, but is \[<", {"generator": [GENERATOR] * 2}),
     "no generator": Case("generator", r"1, but is \[\]", {"generator": []}),
+    "a list of nothing": Case("generator", r"1, but is \[None\]", {"generator": [None]}),
     "one generator for two results": Case(
         "generator", r"2, but is \[<", {"num_images_per_prompt": 2, "generator": [GENERATOR]}
     ),
@@ -517,6 +518,12 @@ BAD_COMBINATIONS = {
     ),
     "image without image encoder": Case(
         "ip_adapter_image", "image_encoder", {"ip_adapter_image": PHOTO}, "IP-Adapter"
+    ),
+    "adapter embeddings of three for two prompts": Case(
+        "ip_adapter_image_embeds",
+        "1, or 2 .*but is 3",
+        {**NEGATIVE_IP, "prompt": ["a", "b"], "ip_adapter_image_embeds": [IP_EMBEDS.repeat(3, 1, 1)]},
+        "IP-Adapter",
     ),
     "two embeddings for one adapter": Case(
         "ip_adapter_image_embeds", "2", {"ip_adapter_image_embeds": [IP_EMBEDS, IP_EMBEDS]}, "IP-Adapter"

@@ -1,8 +1,12 @@
 """A checkpoint inside an image: a run that ends at any moment goes on and gives the same image, bit for bit."""
 
 import inspect
+import json
+import os
 import random
 import resource
+import subprocess
+import sys
 import time
 
 import accelerate
@@ -26,7 +30,7 @@ from wrapped_runs import (
 from flux_dino_tile.calls import DECIDING_ARGUMENTS, FREE_ARGUMENTS, describe, describe_model
 from flux_dino_tile.resume import CHECKPOINT_NAME, Checkpoint
 from pipeline_flux_dino_tile import FluxDinoTilePipeline
-from tiny_models import tiny_dino, tiny_pipeline
+from tiny_models import tiny_dino, tiny_ip_adapter, tiny_pipeline, tiny_transformer
 
 
 NUM_KILLS = 8
@@ -501,6 +505,53 @@ def test_a_folder_that_cannot_be_made(pipe, tmp_path):
     pipe.text_encoder.register_forward_pre_hook(lambda *_: pytest.fail("a model ran"))
     with pytest.raises(OSError, match="file"):
         enlarge(tmp_path / "file")
+
+
+DESCRIBE_CALL = """
+import json, sys
+from PIL import Image
+from diffusers import FlowMatchEulerDiscreteScheduler
+from flux_dino_tile.calls import describe_call
+from tiny_models import tiny_pipeline
+pipe = tiny_pipeline()
+pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(sys.argv[1])
+print(json.dumps(describe_call(pipe, {"image": Image.new("RGB", (32, 32)), "prompt": "a"})))
+"""
+
+
+def test_a_call_is_the_same_in_every_process(tmp_path):
+    """FLUX.1's scheduler config leaves settings to their defaults, which diffusers lists in an order of chance."""
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "_diffusers_version": "0.30.0.dev0", "shift": 1.0}
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(config))
+    answers = []
+    for seed in ("1", "2"):
+        command = [sys.executable, "-c", DESCRIBE_CALL, str(tmp_path)]
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)}
+        answers.append(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+    assert answers[0] == answers[1]
+
+
+def test_the_strength_of_an_ip_adapter_decides_the_canvas():
+    transformer = tiny_transformer()
+    transformer._load_ip_adapter_weights([tiny_ip_adapter(transformer)])
+    before = describe_model(transformer)
+    for processor in transformer.attn_processors.values():
+        if hasattr(processor, "scale"):
+            processor.scale = [0.2]
+    assert describe_model(transformer) != before
+
+
+def test_an_offloaded_projector_still_brings_the_empty_prompt(tmp_path):
+    """As `enable_sequential_cpu_offload` treats the parts, which it does with an accelerator only."""
+    pipe = tiny_pipeline(dino="dinov2", projector={"num_prompt_tokens": 8, "pooled_dim": 16})
+    arguments = {"image": Image.new("RGB", (32, 32), "teal"), "upscale_factor": 1, "num_inference_steps": 1}
+    arguments |= {"output_type": "pt", "tile_size": 32, "tile_overlap": 0}
+    expected = pipe(generator=torch.Generator().manual_seed(0), **arguments).images
+    for name, part in pipe.components.items():
+        if isinstance(part, torch.nn.Module) and name not in pipe._exclude_from_cpu_offload:
+            accelerate.cpu_offload(part, "cpu", offload_buffers=len(part._parameters) > 0)
+    result = Checkpoint(tmp_path).run(pipe, generator=torch.Generator().manual_seed(0), **arguments).images
+    assert torch.equal(result, expected)
 
 
 def test_a_full_disk_costs_the_checkpoint_and_not_the_image(tmp_path, caplog):
