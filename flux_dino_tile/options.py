@@ -31,7 +31,7 @@ from .messages import COMMAND, Parser, UsageError, nonempty, number
 
 
 # `--memory`: one recipe for cards of so many GiB, group offloading with so many tiles at once to hide its traffic. It
-# took 3.4 GiB for 8192 px (README.md).
+# took 3.4 GiB for 8192 px (docs/memory.md).
 CARDS_GIB = ("24", "16", "12", "8")
 TILES_AT_ONCE = 4
 FLAT_CONTRAST = 0.01

@@ -69,7 +69,7 @@ def test_a_shared_diagnosis_gives_the_same(context, tmp_path):
 
 
 def test_bytes_that_a_process_receives(context, tmp_path):
-    """As docs/reliability.md computes them: the tiles of the others, in float32, in every step."""
+    """As docs/several_gpus.md computes them: the tiles of the others, in float32, in every step."""
     count = 3
     codes, texts = run_ranks(context, share_picture, count, tmp_path, {})
     assert codes == [0] * count, texts
