@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from scipy.stats import bootstrap
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from flux_dino_tile.color import low_frequencies
+from flux_dino_tile.color_fix import low_frequencies
 from flux_dino_tile.diagnostics import line_steps
 from pipeline_flux_dino_tile import TilePlan
 
@@ -89,7 +89,7 @@ def low_res_psnr(images: torch.Tensor, small: torch.Tensor) -> torch.Tensor:
 
 
 def color_drift(images: torch.Tensor, originals: torch.Tensor) -> torch.Tensor:
-    """Root mean square difference of the [`~flux_dino_tile.color.low_frequencies`], in grey levels of 255."""
+    """Root mean square difference of the [`~flux_dino_tile.color_fix.low_frequencies`], in grey levels of 255."""
     return 127.5 * low_frequencies(images - originals).square().mean((1, 2, 3)).sqrt()
 
 

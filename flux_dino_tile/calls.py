@@ -17,6 +17,7 @@
 import hashlib
 import inspect
 import json
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -98,6 +99,12 @@ def describe_model(model: torch.nn.Module) -> str:
             plain = [weight for weight in weights if type(weight) in (torch.nn.Parameter, torch.Tensor)]
             parts += [weight.detach().flatten()[:SAMPLED_WEIGHTS].float() for weight in plain]
     return f"{type(model).__name__} {digest(json.dumps(describe(parts)).encode())}"
+
+
+def check_number(name: str, value: Any, low: float, high: float, meaning: str) -> None:
+    """Raises a `ValueError` that names the argument unless `value` is a number from `low` to `high`."""
+    is_right = isinstance(value, numbers.Real) and not isinstance(value, bool) and low <= float(value) <= high
+    check(name, value, is_right, f"a number from {low:g} to {high:.3g}, {meaning}")
 
 
 def complete_call(pipe: FluxDinoTilePipeline, arguments: dict[str, Any]) -> tuple[dict[str, Any], TilePlan]:

@@ -14,7 +14,6 @@
 
 """Numbers about the tiles of a picture: which are flat, which show a seam, and which to mistrust and do again."""
 
-import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,10 +24,8 @@ import torch.nn.functional as F
 from diffusers.image_processor import PipelineImageInput
 from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
 
-from flux_dino_tile.calls import complete_call, observe_steps
-from flux_dino_tile.color import low_frequencies
+from flux_dino_tile.calls import check_number, complete_call, observe_steps
 from pipeline_flux_dino_tile import (
-    DEFAULT_TILE_OVERLAP,
     FluxDinoTilePipeline,
     Tile,
     TilePlan,
@@ -37,39 +34,12 @@ from pipeline_flux_dino_tile import (
 )
 
 
-FLAT_CONTRAST = 0.01
-FLAT_SQUARE = 64  # px
-FLAT_SPREAD = 0.3
 SEAM_OFFSETS = (-32, -16, 16, 32)  # px, of the lines that a tile's border is compared with
 LEAST_STEP = 1e-6
 SUSPECT_SIMILARITY = 0.5  # a guess: below it a tile may show something else than the input
 
 
-def check_number(name: str, value: Any, low: float, high: float, meaning: str) -> None:
-    is_right = isinstance(value, numbers.Real) and not isinstance(value, bool) and low <= float(value) <= high
-    check(name, value, is_right, f"a number from {low:g} to {high:.3g}, {meaning}")
-
-
 # ---- Numbers -------------------------------------------------------------------------------------------------------
-
-
-def tile_contrast(pixels: torch.Tensor) -> torch.Tensor:
-    """
-    Contrast `(batch,)` of tiles `(batch, channels, height, width)` in [-1, 1], from 0 for a flat one to about 0.5: the
-    root mean square of what is finer than their [`low_frequencies`], on a scale of 0 to 1, in the busiest square of
-    `FLAT_SQUARE` px.
-    """
-    power = (pixels - low_frequencies(pixels)).square().mean(1, keepdim=True) / 4
-    return F.avg_pool2d(power, FLAT_SQUARE, ceil_mode=True).amax((1, 2, 3)).sqrt()
-
-
-def feature_spread(features: torch.Tensor) -> torch.Tensor:
-    """
-    Mean distance `(batch,)` (1 - cosine) of features `(batch, rows, columns, dim)` from their mean: 0 where all are
-    the same, near 1 where they have nothing in common.
-    """
-    features = features.float().flatten(1, 2)
-    return 1 - F.cosine_similarity(features, features.mean(1, keepdim=True), dim=-1).mean(1)
 
 
 def dino_similarity(features: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
@@ -130,49 +100,6 @@ def tile_seam_scores(image: torch.Tensor, plan: TilePlan) -> list[float]:
         ]
         scores.append(seam_ratio(region, *lines))
     return scores
-
-
-# ---- Flat tiles ----------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def find_flat_tiles(
-    pipe: FluxDinoTilePipeline,
-    image: PipelineImageInput,
-    height: int | None = None,
-    width: int | None = None,
-    upscale_factor: float | None = None,
-    tile_size: int | tuple[int, int] | None = None,
-    tile_overlap: int = DEFAULT_TILE_OVERLAP,
-    dino_embeds: torch.Tensor | None = None,
-    max_contrast: float = FLAT_CONTRAST,
-) -> list[int]:
-    """
-    Numbers of the tiles with nothing to redraw, such as clear sky, for `frozen_tiles` of a call with the same image,
-    size and tiles: they then stay as the input is, and cost no work.
-
-    A tile is flat if in every image its [`tile_contrast`] is at most `max_contrast`, from 0 to 1, and, if DINO's
-    features are given, its [`feature_spread`] is at most `FLAT_SPREAD`: DINO sees one thing in it.
-
-    Args:
-        pipe ([`FluxDinoTilePipeline`]): The pipeline of the call.
-        image, height, width, upscale_factor, tile_size, tile_overlap: As in the call. Pixels, not latents.
-        dino_embeds (`torch.Tensor`, *optional*): From [`~FluxDinoTilePipeline.encode_dino`]; for the call too.
-        max_contrast (`float`, defaults to 0.01): The greatest contrast of a flat tile.
-    """
-    check_number("max_contrast", max_contrast, 0, 1, "a contrast")
-    images = pipe.check_image(image)
-    check("image", image, not pipe.is_latents(images), "pixels, whose contrast can be seen, not latents")
-    height, width = pipe.get_output_size(images, height, width, upscale_factor)
-    plan = pipe.plan_tiles(height, width, tile_size, tile_overlap)
-    if dino_embeds is not None:
-        check("dino_embeds", dino_embeds, len(dino_embeds) == len(plan), f"of the {len(plan)} tiles of this image")
-    pixels = pipe.prepare_image(images, height, width)
-    contrasts = pipe.map_tiles(lambda tile: tile_contrast(pipe.crop_pixels(pixels, tile)), plan)
-    is_flat = [float(contrast.max()) <= max_contrast for contrast in contrasts]
-    for index, features in enumerate(() if dino_embeds is None else dino_embeds):
-        is_flat[index] &= float(feature_spread(features).max()) <= FLAT_SPREAD
-    return [index for index in range(len(plan)) if is_flat[index]]
 
 
 # ---- Tiles to mistrust ---------------------------------------------------------------------------------------------

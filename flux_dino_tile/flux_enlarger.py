@@ -26,9 +26,9 @@ from PIL import Image
 
 from pipeline_flux_dino_tile import FluxDinoTilePipeline
 
-from .color import match_color
-from .diagnostics import find_flat_tiles
+from .color_fix import match_color
 from .enlargers import BicubicEnlarger, as_source, has_alpha
+from .flat_tiles import find_flat_tiles
 from .image_files import opaque_colors, resize_rows
 from .messages import first_line, print_line
 from .options import Settings

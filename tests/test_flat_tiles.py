@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from flux_dino_tile.diagnostics import feature_spread, find_flat_tiles, tile_contrast
+from flux_dino_tile.flat_tiles import feature_spread, find_flat_tiles, tile_contrast
 from tiny_models import ROOT, tiny_pipeline
 
 

@@ -721,7 +721,7 @@ def last_error(capsys):
 def test_flux_gives_what_the_pipeline_gives(folder, tiny_model):
     import torch
 
-    from flux_dino_tile.color import match_color
+    from flux_dino_tile.color_fix import match_color
     from pipeline_flux_dino_tile import FluxDinoTilePipeline
 
     options = ["--scale", "2", "--prompt", "a dög", "--start-sigma", "0.5", "--seed", "3", "--tile-size", "32"]

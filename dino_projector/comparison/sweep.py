@@ -30,7 +30,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 import pipeline_flux_dino_tile
-from flux_dino_tile.color import match_color
+from flux_dino_tile.color_fix import match_color
 from flux_dino_tile.embedded import locate_model
 from pipeline_flux_dino_tile import DEFAULT_TILE_OVERLAP, axis_windows
 

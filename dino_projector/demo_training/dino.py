@@ -33,7 +33,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from transformers import Dinov2WithRegistersModel
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from flux_dino_tile.diagnostics import feature_spread
+from flux_dino_tile.flat_tiles import feature_spread
 
 from ..training.samples import sample_rng
 from .captions import NUM_LOOKS, describe_squares

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from flux_dino_tile.color import low_frequencies, match_color
+from flux_dino_tile.color_fix import low_frequencies, match_color
 from tiny_models import ROOT, tiny_pipeline
 
 
