@@ -629,7 +629,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
     whose methods for saving, loading, LoRA, IP-Adapter and offloading it inherits. The text encoders are not needed
     with `prompt_embeds`, nor without a prompt if the projector carries the embeddings of the empty one.
 
-    All that is computed for tiles goes through the attribute `map_tiles`, like `map`: replace it to say where or when.
+    All that is computed for tiles goes through the attribute `map_tiles`, like `map`: replace it to share or to watch.
 
     Args:
         scheduler, vae, text_encoder, tokenizer, text_encoder_2, tokenizer_2, transformer, image_encoder,
@@ -1430,6 +1430,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         check_values(dino_conditioning_scale=dino_conditioning_scale)
         num_tokens = max_sequence_length or self.default_text_tokens
         if prompt is None and prompt_embeds is None:
+            # The empty prompt; if the projector carries its embeddings, their length is given.
             prompt = ""
             if self.default_prompt_embeds is not None and prompt_2 is None and pooled_prompt_embeds is None:
                 prompt, (prompt_embeds, pooled_prompt_embeds) = None, self.default_prompt_embeds
