@@ -83,7 +83,7 @@ def match_color(
     # On the CPU, since this takes the whole picture several times.
     pixels, target = (
         value if value.is_floating_point() else pipe.image_processor.normalize(value.float() / 255)
-        for value in (pipe.prepare_image(x, height, width)[..., :height, :width] for x in (results, references))
+        for value in (pipe.resize_image(x, height, width)[..., :height, :width] for x in (results, references))
     )
     first = images[0] if isinstance(images, (list, tuple)) else images
     output_type = "pt" if isinstance(first, torch.Tensor) else "np" if hasattr(first, "shape") else "pil"

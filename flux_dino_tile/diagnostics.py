@@ -141,7 +141,7 @@ def diagnose(
     check_number("suspect_threshold", suspect_threshold, -1, 1, "a mean cosine of DINO features")
     checked = pipe.check_image(images)
     check("images", images, not pipe.is_latents(checked), "pixels, not latents")
-    pixels = pipe.prepare_image(checked, *pipe.get_output_size(checked, upscale_factor=1))
+    pixels = pipe.resize_image(checked, *pipe.get_output_size(checked, upscale_factor=1))
     own, planned = tuple(pixels.shape[2:]), (plan.height, plan.width)
     check("plan", planned, own == planned, f"of this picture, whose padded height and width are {own}")
     whole = Tile(0, 0, plan.height, plan.width)

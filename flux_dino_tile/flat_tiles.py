@@ -79,7 +79,7 @@ def find_flat_tiles(
     plan = pipe.plan_tiles(height, width, tile_size, tile_overlap)
     if dino_embeds is not None:
         check("dino_embeds", dino_embeds, len(dino_embeds) == len(plan), f"of the {len(plan)} tiles of this image")
-    pixels = pipe.prepare_image(images, height, width)
+    pixels = pipe.resize_image(images, height, width)
     contrasts = pipe.map_tiles(lambda tile: tile_contrast(pipe.crop_pixels(pixels, tile)), plan)
     is_flat = [float(contrast.max()) <= max_contrast for contrast in contrasts]
     for index, features in enumerate(() if dino_embeds is None else dino_embeds):
