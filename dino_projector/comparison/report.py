@@ -35,7 +35,7 @@ from .sweep import PICTURE_NAME, Sample, Setting, result_folder
 TEMPLATE = Path(__file__).with_name("report.html")
 PACKAGES = ("flux-dino-tile", "torch", "diffusers", "transformers", "torchmetrics", "pillow")
 # The first of these that was measured decides what the page says first.
-KEY_METRICS = ("lpips", "dists", "feature_distance", "psnr_y", "input_distance", "low_res_psnr")
+KEY_METRICS = ("lpips", "dists", "feature_distance", "haarpsi", "psnr_y", "input_distance", "low_res_psnr")
 WEBP_QUALITY = 88
 SHEET_DETAIL = 256  # px, side of a sheet's pictures
 SHEET_CAPTION = 22  # px
@@ -281,7 +281,8 @@ def write_report(results: Results, data: dict[str, Any]) -> Path:
     output = results.output
     write_page(data, output / "index.html")
     kept = {name: data[name] for name in ("settings", "metrics", "missing", "means", "comparisons")}
-    records = [{name: value for name, value in record.items() if name != "key"} for record in results.records]
+    internal = ("key", "measured_by")
+    records = [{name: value for name, value in record.items() if name not in internal} for record in results.records]
     (output / "results.json").write_text(json.dumps({**kept, "records": records}, indent=1, allow_nan=False) + "\n")
     write_csv(results, output / "results.csv")
     (output / "tables.md").write_text(format_tables(results, data["settings"], data["missing"]), encoding="utf-8")

@@ -41,7 +41,7 @@ from ..training.degradation import degrade
 from ..training.samples import sample_rng
 from . import ABLATIONS
 from .baselines import enlarge
-from .measure import measure
+from .measure import METRICS, measure
 
 
 MIN_SIDE = 16  # px of the small picture, as much as SSIM's window and a token of FLUX need
@@ -286,6 +286,11 @@ def read_record(folder: Path, key: str) -> dict | None:
     return record if record["key"] == key else None
 
 
+def list_measures(judges: dict[str, Callable]) -> list[str]:
+    """What a record is measured by: a picture that was measured by other metrics or judges is measured anew."""
+    return [*METRICS, *sorted(judges)]
+
+
 def save_result(folder: Path, record: dict, picture: Image.Image) -> None:
     def write(temporary: Path) -> None:
         picture.save(temporary / PICTURE_NAME)
@@ -323,7 +328,7 @@ def run_sweep(
     records = {}
     for (number, setting), key in keys.items():
         record = read_record(result_folder(output, samples[number], setting), key)
-        if record is not None and record["judges"] == sorted(judges):
+        if record is not None and record.get("measured_by") == list_measures(judges):
             records[number, setting] = record
     with tqdm(total=len(keys), initial=len(records), unit="picture") as bar:
         for (model, projector), group in groupby(settings, key=lambda setting: (setting.model, setting.projector)):
@@ -360,6 +365,6 @@ def run_job(pipe, number: int, setting: Setting, key: str, folder: Path, feature
     else:
         picture = Image.open(folder / PICTURE_NAME).convert("RGB")
     scores, tiles = measure(pipe, sample, picture, plan, features(number, setting), judges)
-    record |= {"judges": sorted(judges), "scores": {**scores, **record["run"]}, "tiles": tiles}
+    record |= {"measured_by": list_measures(judges), "scores": {**scores, **record["run"]}, "tiles": tiles}
     save_result(folder, record, picture)
     return record

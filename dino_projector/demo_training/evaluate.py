@@ -28,7 +28,7 @@ from flux_dino_tile.diagnostics import seam_ratio, tile_borders
 from pipeline_flux_dino_tile import FluxDinoTilePipeline, PromptBranch
 
 from ..comparison.baselines import enlarge
-from ..metrics import Interval, bootstrap_mean, gradient_energy, grid_ratio, is_monotone, psnr
+from ..metrics import Interval, bootstrap_mean, dss, gradient_energy, grid_ratio, haarpsi, is_monotone, psnr
 from ..pictures import to_pixels
 from ..training.samples import Sampling, first_pairs
 from ..training.sources import ImageFolder
@@ -131,19 +131,22 @@ def velocity_losses(pipe: FluxDinoTilePipeline, held_out: Path, resolution: int,
 
 
 def measure_pictures(results: Sequence[Upscaled], judge: Callable, borders) -> dict[str, Any]:
-    """Of enlarged photos: sharpness, distances to the original, strength, the latents' grid and seams."""
+    """Of enlarged photos: sharpness, likeness to the original, strength, the latents' grid and seams."""
     numbers: dict[str, Any] = {}
     kinds = ("bicubic", "lanczos", "without", "with_dino", "with_other")
-    distances = {}
+    measures = {"psnr": psnr, "haarpsi": haarpsi, "dss": dss, "distance": judge}
+    values = {}
     for kind in kinds:
         pairs = [(getattr(result, kind), result.original) for result in results]
-        distances[kind] = np.array([float(judge(*pair)) for pair in pairs])
         energies = [float(gradient_energy(picture) / gradient_energy(original)) for picture, original in pairs]
         numbers[f"gradient_energy_{kind}"] = bootstrap_mean(energies)
-        numbers[f"psnr_{kind}"] = bootstrap_mean([float(psnr(*pair)) for pair in pairs])
-        numbers[f"distance_{kind}"] = bootstrap_mean(distances[kind])
-    for kind in ("bicubic", "lanczos", "without", "with_other"):
-        numbers[f"distance_{kind}_minus_with_dino"] = bootstrap_mean(distances[kind] - distances["with_dino"])
+        for name, measure in measures.items():
+            values[name, kind] = np.array([float(measure(*pair)) for pair in pairs])
+            numbers[f"{name}_{kind}"] = bootstrap_mean(values[name, kind])
+    for name in ("haarpsi", "dss", "distance"):
+        for kind in ("bicubic", "lanczos", "without", "with_other"):
+            gaps = values[name, kind] - values[name, "with_dino"]
+            numbers[f"{name}_{kind}_minus_with_dino"] = bootstrap_mean(gaps)
     effects = np.array(
         [[float(F.l1_loss(picture, result.without)) for picture in result.by_strength] for result in results]
     )
