@@ -87,7 +87,8 @@ def build_parser() -> Parser:
     strengths = [0.0, 0.3, 0.5, 0.8, 1.0]
     add("--strengths", type=several(number(float, 0, 100)), default=strengths, metavar="LIST", help=strengths_help)
     models_own = "(default: the model's)"
-    add("--start-sigmas", type=several(number(float, 0.01, 1)), default=[None], metavar="LIST", help=models_own)
+    sigmas_help = f"several with strength 0 are also compared at equal sharpness {models_own}"
+    add("--start-sigmas", type=several(number(float, 0.01, 1)), default=[None], metavar="LIST", help=sigmas_help)
     add("--steps", type=several(number(int, 1)), default=[None], metavar="LIST", help=models_own)
     add("--seeds", type=several(number(int, 0, 2**32 - 1)), default=[0], metavar="LIST", help="(default: 0)")
     ablate_help = f"one thing at a time at the greatest strength: {', '.join(ABLATIONS)}"

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import shutil
 
 import compare
@@ -11,7 +12,9 @@ from PIL import Image
 from training_runs import save_photos
 
 from dino_projector.comparison import baselines, statistics
+from dino_projector.comparison.equal_sharpness import TARGETS, compare_at_equal_sharpness
 from dino_projector.comparison.measure import METRICS
+from dino_projector.comparison.report import EQUAL_SHARPNESS_HEAD, Results, format_tables
 from dino_projector.comparison.statistics import choose_pairs, label_settings, sign_flip_test
 from dino_projector.comparison.sweep import WINDOWS, Setting, blend_by, load_samples, make_settings, run_sweep
 from pipeline_flux_dino_tile import plan_tiles
@@ -315,6 +318,96 @@ def test_settings_are_compared_all_else_being_equal():
     assert all((label, "bicubic") in pairs for label in labels.values() if label != "bicubic")
 
 
+# ---- Equal sharpness -----------------------------------------------------------------------------------------------
+
+
+def swept_scores(sigmas: list[float], curves: dict[float, tuple]) -> tuple[dict, dict]:
+    """
+    Scores and labels of six pictures from these start sigmas. By strength, two functions of sigma: the mean sharpness,
+    around which the pictures lie, and the distance, which grows with a picture's number.
+    """
+    settings = make_settings([], ["m"], [None], list(curves), sigmas, [None], [0], has_control=False)
+    labels = label_settings(settings)
+    scores = {}
+    for setting, label in labels.items():
+        sharpness, distance = (curve(setting.start_sigma) for curve in curves[setting.strength])
+        scores[label] = {
+            "sharpness": {str(i): sharpness + 0.02 * (i - 2.5) for i in range(6)},
+            "feature_distance": {str(i): distance * (1 + 0.01 * i) for i in range(6)},
+        }
+    return scores, labels
+
+
+def test_equal_sharpness_is_where_the_mean_curves_reach_it():
+    def with_dino(sigma):
+        return 0.5 + 0.25 * math.log(sigma / 0.1)
+
+    def without(sigma):
+        return 0.5 + 0.25 * math.log(sigma / 0.05)
+
+    # Lines over the logarithm of sigma, on which nothing is lost between the start sigmas.
+    curves = {
+        0.0: (without, lambda sigma: 0.6 + 0.1 * math.log(sigma)),
+        0.5: (without, with_dino),
+        1.0: (with_dino, lambda sigma: 0.5 + 0.1 * math.log(sigma)),
+    }
+    found = compare_at_equal_sharpness(*swept_scores([0.4, 0.02, 0.15], curves))
+    assert [item.sharpness for item in found] == list(TARGETS)
+    for item in found:
+        assert (item.setting, item.other) == ("DINO 1", "FLUX without DINO")
+        ratio = math.exp((item.sharpness - 0.5) / 0.25)
+        assert item.start_sigmas["DINO 1"] == pytest.approx(0.1 * ratio)
+        assert item.start_sigmas["FLUX without DINO"] == pytest.approx(0.05 * ratio)
+        (test,) = item.comparisons
+        distances = [0.5 + 0.1 * math.log(0.1 * ratio), 0.6 + 0.1 * math.log(0.05 * ratio)]
+        expected = 1.025 * (distances[0] - distances[1])
+        assert test.metric == "feature_distance" and test.difference.mean == pytest.approx(expected)
+        assert test.difference.low <= expected <= test.difference.high and test.verdict == "better"
+        assert item.means["DINO 1"]["feature_distance"].mean == pytest.approx(1.025 * distances[0])
+
+
+def test_a_sharpness_that_is_not_reached_is_said():
+    peaked = {0.05: 0.4, 0.1: 0.7, 0.2: 0.6}
+    curves = {0.0: (lambda sigma: 0.55 + sigma, lambda sigma: sigma), 1.0: (peaked.get, lambda sigma: sigma)}
+    low, middle, high = compare_at_equal_sharpness(*swept_scores(list(peaked), curves))
+    assert low.unreached == {"FLUX without DINO": "already 0.60 from the lowest start sigma, 0.05"}
+    assert middle.unreached == {}
+    # The lowest of the two.
+    assert middle.start_sigmas["DINO 1"] == pytest.approx(0.05 * 2 ** (0.25 / 0.3))
+    assert high.unreached == {
+        "DINO 1": "at most 0.70 up to start sigma 0.2",
+        "FLUX without DINO": "at most 0.75 up to start sigma 0.2",
+    }
+    assert low.comparisons == high.comparisons == [] and set(low.start_sigmas) == {"DINO 1"}
+
+
+def test_the_tables_have_what_is_measured_at_equal_sharpness(tmp_path):
+    curves = {0.0: (lambda sigma: 0.3 + sigma, lambda sigma: 0.7), 1.0: (lambda sigma: 0.1 + sigma, lambda sigma: 0.6)}
+    scores, labels = swept_scores([0.1, 0.4, 0.6], curves)
+    records = [
+        {"image": image, "setting": setting._asdict(), "scores": {name: row[image] for name, row in metrics.items()}}
+        for setting, label in labels.items()
+        for metrics in [scores[label]]
+        for image in metrics["sharpness"]
+    ]
+    rows = format_tables(Results([], list(labels), records, tmp_path), {}, {}).split("At equal sharpness")[1]
+    # Three quarters of the way from 0.4 to 0.6, and five sixths from 0.1 to 0.4.
+    sigmas = f"{0.4 * 1.5 ** (3 / 4):.3f} | {0.1 * 4 ** (5 / 6):.3f}"
+    assert f"| DINO 1 | FLUX without DINO | 0.65 | start sigma | {sigmas} |" in rows
+    assert "| 0.65 | feature distance | 0.6150 (0.6" in rows and "| -0.1025 (-0." in rows
+    assert "| 0.0312 | 6 | better |" in rows
+    assert "| 0.8 | start sigma | not reached: at most 0.70 up to start sigma 0.6 | " in rows
+    assert rows.count("feature distance") == 2
+
+
+def test_equal_sharpness_takes_several_start_sigmas_and_no_dino():
+    curves = {0.0: (lambda sigma: sigma, lambda sigma: sigma), 1.0: (lambda sigma: sigma, lambda sigma: sigma)}
+    assert len(compare_at_equal_sharpness(*swept_scores([0.4, 0.9], curves))) == len(TARGETS)
+    assert compare_at_equal_sharpness(*swept_scores([0.4], curves)) == []
+    assert compare_at_equal_sharpness(*swept_scores([0.4, 0.9], {1.0: curves[1.0]})) == []
+    assert compare_at_equal_sharpness(*swept_scores([0.4, 0.9], {0.0: curves[0.0]})) == []
+
+
 # ---- The page ------------------------------------------------------------------------------------------------------
 
 
@@ -408,6 +501,20 @@ def test_the_page_has_the_numbers_and_asks_nobody(browser, report):
     assert (report / "index.html").as_uri() in urls
     assert not [url for url in urls if not url.startswith(("file:", "data:", "chrome:"))]
     assert [entry for entry in browser.get_log("browser") if entry["level"] != "INFO"] == []
+
+
+def test_the_page_compares_at_equal_sharpness_where_start_sigmas_were_swept(browser, report, photos, model, tmp_path):
+    open_page(browser, report)
+    assert js(browser, "document.getElementById('equal-section').hidden")
+    swept = ("--strengths", "0,1", "--start-sigmas", "0.1,0.4", "--limit", 2)
+    assert run(photos, tmp_path, "--model", model, *FLUX, *swept) == 0
+    open_page(browser, tmp_path)
+    assert not js(browser, "document.getElementById('equal-section').hidden")
+    cells = "[...document.querySelectorAll('#equal tr')].map(row => [...row.children].map(cell => cell.textContent))"
+    lines = (tmp_path / "tables.md").read_text().split("At equal sharpness")[1].splitlines()[2:]
+    expected = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if not line.startswith("|---")]
+    assert js(browser, cells) == expected and expected[0] == list(EQUAL_SHARPNESS_HEAD)
+    assert [item["sharpness"] for item in results(tmp_path)["equal_sharpness"]] == list(TARGETS)
 
 
 def test_the_page_fits_a_phone(browser, report):

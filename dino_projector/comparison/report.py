@@ -27,6 +27,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from .equal_sharpness import EqualSharpness, compare_at_equal_sharpness
 from .measure import METRICS
 from .statistics import Comparison, compare_all, group_scores, label_settings, summarize
 from .sweep import PICTURE_NAME, Sample, Setting, result_folder
@@ -40,6 +41,10 @@ WEBP_QUALITY = 88
 SHEET_DETAIL = 256  # px, side of a sheet's pictures
 SHEET_CAPTION = 22  # px
 SHEET_COLUMNS = 6
+EQUAL_SHARPNESS_HEAD = (
+    *("setting", "against", "sharpness", "what", "of the setting", "of the other"),
+    *("difference", "p", "pictures", ""),
+)
 
 
 def encode_picture(picture: Image.Image, max_side: int) -> str:
@@ -97,6 +102,7 @@ class Results:
         self.scores = group_scores(records, self.labels)
         self.means = summarize(self.scores)
         self.comparisons = compare_all(self.scores, self.labels)
+        self.equal_sharpness = compare_at_equal_sharpness(self.scores, self.labels)
         self.by_place = {(record["image"], Setting(**record["setting"])): record for record in records}
         self.metrics = [name for name in METRICS if any(name in means for means in self.means.values())]
         self.key_metric = next(name for name in KEY_METRICS if name in self.metrics)
@@ -122,6 +128,10 @@ class Results:
                 or (item.setting, item.other) == (none, "bicubic")
             )
         ]
+
+    def equal_sharpness_rows(self) -> list[list[str]]:
+        """Cells of a table below `EQUAL_SHARPNESS_HEAD`."""
+        return [row for found in self.equal_sharpness for row in format_equal_sharpness(found)]
 
     def views(self, sample: Sample, max_side: int) -> list[dict[str, Any]]:
         """What the page can show of a picture."""
@@ -190,6 +200,7 @@ def page_data(
         "means": results.means,
         "comparisons": [item._asdict() for item in results.comparisons],
         "findings": [item._asdict() for item in results.findings()],
+        "equal_sharpness": {"head": EQUAL_SHARPNESS_HEAD, "rows": results.equal_sharpness_rows()},
         "curve": results.curve(),
         "suspect_threshold": suspect_threshold,
         "settings": {**settings, **{f"version of {name}": text for name, text in find_versions().items()}},
@@ -252,6 +263,23 @@ def format_interval(metric: str, mean: float, low: float, high: float) -> str:
     return f"{mean:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
+def format_equal_sharpness(found: EqualSharpness) -> list[list[str]]:
+    """A row with the start sigmas, or why there is none, and one for each test."""
+    labels = (found.setting, found.other)
+    place = [*labels, f"{found.sharpness:g}"]
+    sigmas = [
+        f"{found.start_sigmas[label]:.3g}" if label in found.start_sigmas else f"not reached: {found.unreached[label]}"
+        for label in labels
+    ]
+    rows = [[*place, "start sigma", *sigmas, "", "", "", ""]]
+    for test in found.comparisons:
+        means = [format_interval(test.metric, *found.means[label][test.metric]) for label in labels]
+        difference = format_interval(test.metric, *test.difference)
+        cells = [*means, difference, f"{test.p_value:.3g}", str(test.num_images), test.verdict]
+        rows.append([*place, METRICS[test.metric].label, *cells])
+    return rows
+
+
 def format_tables(results: Results, settings: dict[str, str], missing: dict[str, str]) -> str:
     """Markdown: means with intervals, and the paired tests of the key metric."""
     names = results.metrics
@@ -268,6 +296,10 @@ def format_tables(results: Results, settings: dict[str, str], missing: dict[str,
             difference = format_interval(item.metric, *item.difference)
             cells = [item.setting, item.other, difference, f"{item.p_value:.3g}", str(item.num_images), item.verdict]
             lines.append("| " + " | ".join(cells) + " |")
+    if results.equal_sharpness:
+        lines += ["", "At equal sharpness, each from the start sigma that reaches it in the mean:", ""]
+        lines += ["| " + " | ".join(EQUAL_SHARPNESS_HEAD) + " |", "|---" * len(EQUAL_SHARPNESS_HEAD) + "|"]
+        lines += ["| " + " | ".join(row) + " |" for row in results.equal_sharpness_rows()]
     return "\n".join(lines) + "\n"
 
 
@@ -281,9 +313,14 @@ def write_report(results: Results, data: dict[str, Any]) -> Path:
     output = results.output
     write_page(data, output / "index.html")
     kept = {name: data[name] for name in ("settings", "metrics", "missing", "means", "comparisons")}
+    equal_sharpness = [
+        {**found._asdict(), "comparisons": [test._asdict() for test in found.comparisons]}
+        for found in results.equal_sharpness
+    ]
     internal = ("key", "measured_by")
     records = [{name: value for name, value in record.items() if name not in internal} for record in results.records]
-    (output / "results.json").write_text(json.dumps({**kept, "records": records}, indent=1, allow_nan=False) + "\n")
+    numbers = {**kept, "equal_sharpness": equal_sharpness, "records": records}
+    (output / "results.json").write_text(json.dumps(numbers, indent=1, allow_nan=False) + "\n")
     write_csv(results, output / "results.csv")
     (output / "tables.md").write_text(format_tables(results, data["settings"], data["missing"]), encoding="utf-8")
     for sample in results.samples:
