@@ -30,7 +30,7 @@ BASELINES = ("bicubic", "lanczos", "realesrgan")
 EPILOG = """examples:
   compare.py photos/ --out report
   compare.py photos/ --out report --model black-forest-labs/FLUX.1-schnell --projector runs/first/final
-  compare.py photos/ --out report --start-sigmas 0.2,0.35,0.5 --steps 4,8 --ablate fusion,overlap
+  compare.py photos/ --out report --start-sigmas 0.2,0.35,0.5 --steps 4,8 --ablate overlap,color-fix
   compare.py small/ --out report --no-reference
 
 Called again with the same --out, it makes only what is missing. docs/quality.md describes the report and its metrics.

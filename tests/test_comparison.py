@@ -370,13 +370,13 @@ def test_a_sharpness_that_is_not_reached_is_said():
     peaked = {0.05: 0.4, 0.1: 0.7, 0.2: 0.6}
     curves = {0.0: (lambda sigma: 0.55 + sigma, lambda sigma: sigma), 1.0: (peaked.get, lambda sigma: sigma)}
     low, middle, high = compare_at_equal_sharpness(*swept_scores(list(peaked), curves))
-    assert low.unreached == {"FLUX without DINO": "already 0.60 from the lowest start sigma, 0.05"}
+    assert low.unreached == {"FLUX without DINO": "already 0.600 from the lowest start sigma, 0.05"}
     assert middle.unreached == {}
     # The lowest of the two.
     assert middle.start_sigmas["DINO 1"] == pytest.approx(0.05 * 2 ** (0.25 / 0.3))
     assert high.unreached == {
-        "DINO 1": "at most 0.70 up to start sigma 0.2",
-        "FLUX without DINO": "at most 0.75 up to start sigma 0.2",
+        "DINO 1": "at most 0.700 up to start sigma 0.2",
+        "FLUX without DINO": "at most 0.750 up to start sigma 0.2",
     }
     assert low.comparisons == high.comparisons == [] and set(low.start_sigmas) == {"DINO 1"}
 
@@ -396,7 +396,7 @@ def test_the_tables_have_what_is_measured_at_equal_sharpness(tmp_path):
     assert f"| DINO 1 | FLUX without DINO | 0.65 | start sigma | {sigmas} |" in rows
     assert "| 0.65 | feature distance | 0.6150 (0.6" in rows and "| -0.1025 (-0." in rows
     assert "| 0.0312 | 6 | better |" in rows
-    assert "| 0.8 | start sigma | not reached: at most 0.70 up to start sigma 0.6 | " in rows
+    assert "| 0.8 | start sigma | not reached: at most 0.700 up to start sigma 0.6 | " in rows
     assert rows.count("feature distance") == 2
 
 

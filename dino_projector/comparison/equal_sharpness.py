@@ -53,9 +53,9 @@ class Sweep:
     def explain_unreached(self, sharpness: float) -> str:
         """Why the pictures never have this mean sharpness, or nothing."""
         if self.sharpness[0] > sharpness:
-            return f"already {self.sharpness[0]:.2f} from the lowest start sigma, {self.sigmas[0]:g}"
+            return f"already {self.sharpness[0]:.3f} from the lowest start sigma, {self.sigmas[0]:g}"
         if max(self.sharpness) < sharpness:
-            return f"at most {max(self.sharpness):.2f} up to start sigma {self.sigmas[-1]:g}"
+            return f"at most {max(self.sharpness):.3f} up to start sigma {self.sigmas[-1]:g}"
         return ""
 
     def find_start_sigma(self, sharpness: float) -> float:
