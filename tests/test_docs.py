@@ -16,8 +16,15 @@ TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for
 FOLDERS = ("flux_dino_tile", "dino_projector", "scripts", "tests", "docs", "notebooks", "samples")
 # What a command of a page makes, a file of a published repository, and one of a reader's.
 NOT_OURS = {"samples/photo_x4_flux.jpg", "pipeline.py", "enlarge.py"}
-# Options of accelerate, torchrun, pytest and tensorboard.
-OTHER_OPTIONS = {"--multi_gpu", "--num_processes", "--nproc-per-node", "--hypothesis-show-statistics", "--logdir"}
+# Options of accelerate, torchrun, pytest, tensorboard and git.
+OTHER_OPTIONS = {
+    "--multi_gpu",
+    "--num_processes",
+    "--nproc-per-node",
+    "--hypothesis-show-statistics",
+    "--logdir",
+    "--mirror",
+}
 OPTION = r"(?<![\w-])--[a-zA-Z][\w-]*"
 PROGRAMS = [path.stem for path in (ROOT / "scripts").glob("*.py")]
 
