@@ -23,13 +23,14 @@ from pathlib import Path
 from flux_dino_tile.messages import Parser, UsageError, hide_loading_bars, nonempty, number, run_script
 
 
-SHARED_STAGES = ("vae", "dino", "flux", "decoder")  # by several processes
+SHARED_STAGES = ("vae", "dino", "flux", "paint", "decoder")  # by several processes
 TRAINING_STAGES = (*SHARED_STAGES, "projector")
-STAGES = (*TRAINING_STAGES, "assemble", "evaluate")
+STAGES = (*TRAINING_STAGES, "assemble", "table", "evaluate")
+FOLDERS = {"table": ("validation",), "evaluate": ("held_out",)}  # of photos; the others read train and validation
 
-EPILOG = """The stages need those before them: vae, dino, flux, decoder, projector, assemble, evaluate. Called again,
-one that trains goes on from where it was. torchrun shares one of the first four among GPUs. docs/demo_training.md
-describes them.
+EPILOG = """The stages need those before them: vae, dino, flux, paint, decoder, projector, assemble, table and
+evaluate. Called again, one that trains goes on from where it was. torchrun shares one of the first five among GPUs.
+docs/demo_training.md describes them.
 Exit status: 0 done; 1 the stage failed; 2 wrong usage."""
 
 
@@ -45,12 +46,33 @@ def build_parser() -> Parser:
     add("--work", type=nonempty, required=True, metavar="DIR", help="checkpoints and results of the stages")
     add("--seconds", type=number(float, 0), metavar="N", help="train for so long at most")
     add("--steps", type=number(int, 1), metavar="N", help="train until this step at most, counted from the first call")
+    add("--cool-down", action="store_true", help="let the learning rate fall to 0 in the last third of the call")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, metavar="N", help="(default: 0)")
     add("--size", choices=["demo", "tiny"], default="demo", help="tiny: for tests and trials (default: demo)")
     add("--position-mode", choices=["zero", "tile"], default="tile", help="of the projector's tokens (default: tile)")
     add("--token-grid", type=number(int, 1), metavar="N", help="N x N tokens of the projector (default: by --size)")
     add("--workers", type=number(int, 0), metavar="N", help="that load photos for the projector (default: by machine)")
-    add("--tile-size", type=number(int, 16), metavar="PX", help="in the evaluation (default: the checkpoint's)")
+    add(
+        "--side",
+        type=number(int, 64),
+        default=512,
+        metavar="PX",
+        help="of the enlargements in the table (default: 512)",
+    )
+    add(
+        "--sigmas",
+        type=number(float, 0.01, 1),
+        nargs="+",
+        default=[0.03, 0.06, 0.1, 0.2, 0.35],
+        metavar="SIGMA",
+        help="at which they start (default: 0.03 0.06 0.1 0.2 0.35)",
+    )
+    add(
+        "--tile-size",
+        type=number(int, 16),
+        metavar="PX",
+        help="(default: one tile in the table, else the checkpoint's)",
+    )
     add("--start-sigma", type=number(float, 0.01, 1), metavar="SIGMA", help="likewise")
     add("--cpu", action="store_true", help="leave GPUs alone")
     return parser
@@ -60,7 +82,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     args = build_parser().parse_args(argv)
     if args.stage in TRAINING_STAGES and args.seconds is None and args.steps is None:
         raise UsageError(f"the stage {args.stage} needs --seconds or --steps to know when to end")
-    for part in ("train", "held_out"):
+    for part in FOLDERS.get(args.stage, ("train", "validation")):
         if not Path(args.photos, part).is_dir():
             raise UsageError(f"--photos {args.photos}: has no folder {part}; scripts/fetch_photos.py makes it")
     return args
@@ -78,7 +100,7 @@ def run_projector(args: argparse.Namespace, sizes) -> dict:
     arguments = projector_arguments(
         assemble(work),
         photos / "train",
-        photos / "held_out",
+        photos / "validation",
         work,
         sizes,
         args.seed,
@@ -112,19 +134,46 @@ def run(args: argparse.Namespace) -> dict:
     if args.stage == "assemble":
         return {"bytes": check_sizes(assemble(work))}
     device = processes.device
+    if args.stage == "table":
+        return run_table(args, device)
     if args.stage == "evaluate":
         return run_evaluation(args, sizes, device)
 
     from dino_projector.demo_training.dino import DinoStage
     from dino_projector.demo_training.flux import FluxStage
+    from dino_projector.demo_training.paint import PaintStage
     from dino_projector.demo_training.vae import DecoderStage, VaeStage
 
-    stages = {stage.name: stage for stage in (VaeStage, DinoStage, FluxStage, DecoderStage)}
-    train, held_out = (load_photos(Path(args.photos, part), device) for part in ("train", "held_out"))
+    stages = {stage.name: stage for stage in (VaeStage, DinoStage, FluxStage, PaintStage, DecoderStage)}
+    train, validation = (load_photos(Path(args.photos, part), device) for part in ("train", "validation"))
     stage = stages[args.stage](sizes, train, work, args.seed, device)
-    numbers = run_stage(stage, held_out, args.seconds, args.steps)
+    numbers = run_stage(stage, validation, args.seconds, args.steps, args.cool_down)
     processes.destroy_process_group()
     return numbers
+
+
+def run_table(args: argparse.Namespace, device) -> dict:
+    from dino_projector.demo_training.assemble import CHECKPOINT_FOLDER, PROJECTOR_RUN_FOLDER
+    from dino_projector.demo_training.crops import load_photos
+    from dino_projector.demo_training.evaluate import load_checkpoint
+    from dino_projector.demo_training.table import CONDITIONS, Trial, format_rows, measure_conditions
+    from dino_projector.metrics import Judge
+    from dino_projector.training.checkpoints import list_checkpoints
+
+    pipe = load_checkpoint(Path(args.work, CHECKPOINT_FOLDER), device)
+    photos = load_photos(Path(args.photos, "validation"), device)
+    judge = Judge()
+    judge.model.to(device)
+    trial = Trial(pipe, photos, args.side, args.tile_size, judge, args.seed)
+    is_trained = list_checkpoints(Path(args.work, PROJECTOR_RUN_FOLDER))
+    rows = measure_conditions(trial, args.sigmas, CONDITIONS if is_trained else CONDITIONS[:2])
+    output = Path(args.work, "table")
+    output.mkdir(exist_ok=True)
+    by_photo = {name: {metric: values.tolist() for metric, values in row.items()} for name, row in rows.items()}
+    (output / "rows.json").write_text(json.dumps(by_photo, indent=1) + "\n")
+    (output / "table.md").write_text(format_rows(rows, args.sigmas))
+    print(format_rows(rows, args.sigmas))
+    return {}
 
 
 def run_evaluation(args: argparse.Namespace, sizes, device) -> dict:

@@ -55,8 +55,8 @@ DEFAULTS = {
 def assemble(work: Path) -> Path:
     """Writes the checkpoint of what is trained so far, at first with an untrained projector; returns its folder."""
     dtype = {"torch_dtype": torch.float16}
-    vae = AutoencoderKL.from_pretrained(find_trained(work, "decoder"), **dtype)
-    transformer = FluxTransformer2DModel.from_pretrained(find_trained(work, "flux"), **dtype)
+    vae = AutoencoderKL.from_pretrained(find_trained(work, "decoder", "vae"), **dtype)
+    transformer = FluxTransformer2DModel.from_pretrained(find_trained(work, "paint", "flux"), **dtype)
     encoder = find_trained(work, "dino")
     projectors = list_checkpoints(work / PROJECTOR_RUN_FOLDER)
     projector = make_untrained_projector(encoder, transformer)

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from pipeline_flux_dino_tile import PromptBranch
+from pipeline_flux_dino_tile import DinoProjector, DinoTokens, PromptBranch
 
-from .sizes import POOLED_DIM
+from .sizes import PIXELS_PER_TOKEN, POOLED_DIM
 
 
 EMPTY_PROMPT_TOKENS = 16
@@ -84,12 +84,22 @@ class Language:
         self.matrix = torch.randn(NUM_LOOKS + 4 * NUM_WAVES, text_dim, generator=generator).to(device)
         self.empty_prompt = torch.randn(1, EMPTY_PROMPT_TOKENS, text_dim, generator=generator).to(device)
 
-    def caption(self, images: torch.Tensor, grid: int) -> torch.Tensor:
-        """Sharp crops `(batch, 3, side, side)` to `(batch, grid * grid, text_dim)`."""
-        places = place_codes(grid).to(images.device).expand(len(images), -1, -1, -1)
-        features = torch.cat([describe_squares(images, grid), places], 1).flatten(2).transpose(1, 2)
+    def caption(self, looks: torch.Tensor, side: int) -> DinoTokens:
+        """
+        Tokens that stand where a projector's would, at the places that they describe.
+
+        Args:
+            looks (`torch.Tensor` of shape `(batch, 22, grid, grid)`): From [`describe_squares`].
+            side (`int`): Of the crops, in pixels.
+        """
+        grid = looks.shape[-1]
+        places = place_codes(grid).to(looks.device).expand(len(looks), -1, -1, -1)
+        features = torch.cat([looks, places], 1).flatten(2).transpose(1, 2)
         tokens = features @ self.matrix
-        return tokens / tokens.square().mean(-1, keepdim=True).sqrt()
+        tokens = tokens / tokens.square().mean(-1, keepdim=True).sqrt()
+        rule = DinoProjector(1, 1, 1, token_grid=grid, position_mode="tile")
+        ids = rule.position_ids((grid, grid), (side // PIXELS_PER_TOKEN,) * 2)
+        return DinoTokens(tokens[None], ids.to(looks.device), None)
 
     def empty_branch(self, dtype: torch.dtype) -> PromptBranch:
         pooled = torch.zeros(1, POOLED_DIM, device=self.empty_prompt.device, dtype=dtype)

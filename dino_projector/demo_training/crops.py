@@ -15,19 +15,28 @@
 """Random crops of a few photographs that stay on the device, drawn and augmented there."""
 
 from collections.abc import Sequence
+from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from ..pictures import Record, find_pictures, read_picture, to_bytes
 
 
 GAMMA_SPREAD = 0.3  # of the logarithm
 GAIN_SPREAD = 0.06
-FACTORS = (2.0, 8.0)  # how much smaller a degraded picture was
-NOISE_STD = 0.05  # at most, of a value in [-1, 1]
+EXACT_SHARE = 0.6  # of the groups of crops: an enlargement by EXACT_FACTOR of a picture without noise
+EXACT_FACTOR = 4.0
+FACTORS = (2.0, 8.0)  # how much smaller the others were
+NOISE_STD = 0.02  # at most, of a value in [-1, 1]
+JPEG_SHARE = 0.5  # of the others
+JPEG_QUALITIES = (60, 95)
+GROUP = 16  # crops of one photo that are scaled and degraded alike
 
 
 def load_photos(folder: Path, device: torch.device) -> list[torch.Tensor]:
@@ -52,7 +61,7 @@ def draw_crops(
     photos: Sequence[Sequence[torch.Tensor]], count: int, side: int, rng: np.random.Generator
 ) -> torch.Tensor:
     """
-    Crops `(count, 3, side, side)` in [-1, 1] at any scale from a photo's full size to its shorter side.
+    Crops `(count, 3, side, side)` in [-1, 1] of one photo, at one scale between its full size and its shorter side.
 
     A photo comes as often as the square root of its area says: the large ones hold more, but not only they.
 
@@ -62,27 +71,28 @@ def draw_crops(
     """
     large = [photo for photo in photos if min(photo[0].shape[1:]) >= side]
     if not large:
-        raise ValueError(f"no photo has {side} px on both sides: fetch larger ones (--max-side)")
+        raise ValueError(f"no photo has {side} px on both sides: fetch larger ones (--max-megapixels)")
     weights = np.sqrt([photo[0].shape[1] * photo[0].shape[2] for photo in large])
-    chosen = rng.choice(len(large), count, p=weights / weights.sum())
-    return tint(torch.cat([turn(cut_crop(large[index], side, rng), rng) for index in chosen]), rng)
+    photo = large[rng.choice(len(large), p=weights / weights.sum())]
+    return tint(turn(cut_crops(photo, count, side, rng), rng), rng)
 
 
-def cut_crop(photo: Sequence[torch.Tensor], side: int, rng: np.random.Generator) -> torch.Tensor:
-    """A crop `(1, 3, side, side)` in [0, 1], from the smallest level that has its pixels."""
+def cut_crops(photo: Sequence[torch.Tensor], count: int, side: int, rng: np.random.Generator) -> torch.Tensor:
+    """Crops `(count, 3, side, side)` in [0, 1], from the smallest level that has their pixels."""
     factor = float(np.exp(rng.uniform(0, np.log(min(photo[0].shape[1:]) / side))))
     level = min(int(np.log2(factor)), len(photo) - 1)
     height, width = photo[level].shape[1:]
     region = min(int(side * factor / 2**level), height, width)
-    top, left = int(rng.integers(height - region + 1)), int(rng.integers(width - region + 1))
-    crop = photo[level][None, :, top : top + region, left : left + region].float() / 255
-    return F.interpolate(crop, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
+    tops, lefts = rng.integers(height - region + 1, size=count), rng.integers(width - region + 1, size=count)
+    regions = [photo[level][:, top : top + region, left : left + region] for top, left in zip(tops, lefts)]
+    crops = torch.stack(regions).float() / 255
+    return F.interpolate(crops, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
 
 
-def turn(crop: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """Turns a square crop `(1, 3, side, side)` by right angles, and mirrors half of them."""
-    crop = torch.rot90(crop, int(rng.integers(4)), (2, 3))
-    return crop.flip(3) if rng.random() < 0.5 else crop
+def turn(crops: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """Turns square crops `(count, 3, side, side)` by right angles, and mirrors half of the times."""
+    crops = torch.rot90(crops, int(rng.integers(4)), (2, 3))
+    return crops.flip(3) if rng.random() < 0.5 else crops
 
 
 def tint(crops: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
@@ -107,12 +117,73 @@ def device_generator(rng: np.random.Generator, device: torch.device) -> torch.Ge
     return torch.Generator(device).manual_seed(int(rng.integers(2**63)))
 
 
+@lru_cache(maxsize=64)
+def resize_matrix(length: int, new_length: int, resample: Image.Resampling) -> torch.Tensor:
+    """Pillow's weights `(new_length, length)` for resizing a line: what it makes of the identity's rows."""
+    identity = Image.fromarray(np.eye(length, dtype=np.float32))
+    return torch.from_numpy(np.array(identity.resize((length, new_length), resample)))
+
+
+def resize_squares(images: torch.Tensor, side: int, resample: Image.Resampling) -> torch.Tensor:
+    """Resizes `(batch, 3, side, side)` values of 0 to 255 to whole ones, as Pillow and so the pipeline do."""
+    matrix = resize_matrix(images.shape[-1], side, resample).to(images.device)
+    return (matrix @ images @ matrix.T).round().clamp(0, 255)
+
+
+def compress_jpeg(images: torch.Tensor, quality: int) -> torch.Tensor:
+    """`(batch, 3, height, width)` values of 0 to 255 as they come out of a JPEG."""
+    decoded = []
+    for pixels in images.byte().permute(0, 2, 3, 1).cpu().numpy():
+        file = BytesIO()
+        Image.fromarray(pixels).save(file, "JPEG", quality=quality)
+        decoded.append(to_bytes(Image.open(file)))
+    return torch.stack(decoded).to(images)
+
+
 def degrade_crops(images: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """Shrinks `(batch, 3, side, side)` crops, adds noise, and enlarges them again, on the device."""
+    """
+    What the pipeline would start from: crops `(batch, 3, side, side)` in [-1, 1] shrunk, most often to a fourth and
+    without further harm, and enlarged again by Lanczos.
+    """
     side = images.shape[-1]
-    small_side = max(1, round(side / np.exp(rng.uniform(*np.log(FACTORS)))))
-    small = F.interpolate(images, (small_side, small_side), mode="bicubic", antialias=True)
+    factor, noise_std, quality = EXACT_FACTOR, 0.0, None
+    if rng.random() >= EXACT_SHARE:
+        factor = float(np.exp(rng.uniform(*np.log(FACTORS))))
+        noise_std = 127.5 * rng.uniform(0, NOISE_STD)
+        quality = int(rng.integers(*JPEG_QUALITIES, endpoint=True)) if rng.random() < JPEG_SHARE else None
     generator = device_generator(rng, images.device)
+    small = resize_squares((images + 1) * 127.5, max(1, round(side / factor)), Image.Resampling.BICUBIC)
     noise = torch.randn(small.shape, generator=generator, device=images.device)
-    small = small + rng.uniform(0, NOISE_STD) * noise
-    return F.interpolate(small, (side, side), mode="bicubic").clamp(-1, 1)
+    small = (small + noise_std * noise).round().clamp(0, 255)
+    if quality is not None:
+        small = compress_jpeg(small, quality)
+    return resize_squares(small, side, Image.Resampling.LANCZOS) / 127.5 - 1
+
+
+class CropPairs(NamedTuple):
+    """Sharp crops and what [`degrade_crops`] made of them, as bytes `(count, 3, side, side)`."""
+
+    sharp: torch.Tensor
+    degraded: torch.Tensor
+
+    def take(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sharp and degraded crops in [-1, 1]."""
+        return self.sharp[indices].float() / 127.5 - 1, self.degraded[indices].float() / 127.5 - 1
+
+
+def draw_pairs(photos: Sequence[Sequence[torch.Tensor]], count: int, side: int, rng: np.random.Generator) -> CropPairs:
+    """Cuts and degrades crops once, for many steps that draw from them: cutting takes longer than a step."""
+    sharp, degraded = [], []
+    for start in range(0, count, GROUP):
+        crops = draw_crops(photos, min(GROUP, count - start), side, rng)
+        sharp.append(crops_to_bytes(crops))
+        degraded.append(crops_to_bytes(degrade_crops(crops, rng)))
+    return CropPairs(torch.cat(sharp), torch.cat(degraded))
+
+
+def draw_indices(count: int, total: int, rng: np.random.Generator, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(rng.integers(total, size=count)).to(device)
+
+
+def crops_to_bytes(images: torch.Tensor) -> torch.Tensor:
+    return ((images + 1) * 127.5).round().byte()

@@ -37,7 +37,7 @@ from flux_dino_tile.flat_tiles import feature_spread
 
 from ..training.samples import sample_rng
 from .captions import NUM_LOOKS, describe_squares
-from .crops import center_crop, degrade_crops, draw_crops
+from .crops import CropPairs, center_crop, degrade_crops, draw_indices
 from .sizes import PATCH_SIZE, PIXELS_PER_TOKEN, make_dino
 from .stages import Stage, update_average
 
@@ -130,8 +130,7 @@ class DinoStage(Stage):
 
     def train_step(self) -> dict[str, torch.Tensor]:
         rng = self.step_rng()
-        sharp = draw_crops(self.photos, self.sizes.batch, self.sizes.crop, rng)
-        degraded = degrade_crops(sharp, rng)
+        sharp, degraded = self.draw_pairs(self.sizes.batch, rng)
         patches = (self.sizes.crop // PIXELS_PER_TOKEN) ** 2
         mask = torch.from_numpy(rng.random((len(sharp), patches)) < MASKED_SHARE).to(self.device)
         with self.autocast():
@@ -153,26 +152,30 @@ class DinoStage(Stage):
         entropy = -(targets * targets.clamp_min(1e-12).log()).sum(-1).mean()
         return {"loss": loss.detach(), "target_entropy": entropy, "look_error": error.detach()}
 
+    def draw_pairs(self, count: int, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        pairs: CropPairs = self.crops_of(self.sizes.crop)
+        return pairs.take(draw_indices(count, len(pairs.sharp), rng, self.device))
+
     def save_model(self, folder: Path) -> None:
         """The teacher's encoder."""
         deepcopy(self.teacher.encoder).half().save_pretrained(folder)
 
     @torch.no_grad()
-    def measure(self, held_out: list[torch.Tensor]) -> dict[str, float]:
+    def measure(self, validation: list[torch.Tensor]) -> dict[str, float]:
         """
         What a linear readout of degraded patches knows of the sharp squares under them, and how far features are from
         their mean (0 would be a collapse).
         """
         rng = sample_rng(self.seed, 0, 1)
-        train = draw_crops(self.photos, PROBE_CROPS, self.sizes.crop, rng)
-        test = torch.cat([center_crop(photo, self.sizes.crop) for photo in held_out])
-        features, looks = zip(*(self.probe_pairs(images, rng) for images in (train, test)))
+        test = torch.cat([center_crop(photo, self.sizes.crop) for photo in validation])
+        pairs = (self.draw_pairs(PROBE_CROPS, rng), (test, degrade_crops(test, rng)))
+        features, looks = zip(*(self.probe(*pair) for pair in pairs))
         spread = feature_spread(features[1][None, None])
         return {"look_r2": linear_r2(features[0], looks[0], features[1], looks[1]), "spread": float(spread)}
 
-    def probe_pairs(self, sharp: torch.Tensor, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    def probe(self, sharp: torch.Tensor, degraded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Features `(patches, dim)` of degraded crops, and what the sharp squares under them look like."""
-        pixels = to_dino_pixels(degrade_crops(sharp, rng))
+        pixels = to_dino_pixels(degraded)
         first_patch = 1 + self.teacher.encoder.config.num_register_tokens
         features = self.teacher.encoder(pixels).last_hidden_state[:, first_patch:].flatten(0, 1)
         return features, look_tokens(sharp).flatten(0, 1)

@@ -20,38 +20,41 @@ contrast, edges at three scales and four directions, a 2 x 2 thumbnail) and wher
 They tell what noisy latents do not, so that the transformer learns to listen. What a projector has to learn afterwards
 is to say the like from DINO's view of the degraded crop; it is never shown a caption.
 
-Half of a step's crops are learned as flow matching says, from noise to the sharp latents. The other half is restored:
+A third of a step's crops are learned as flow matching says, from noise to the sharp latents. The others are restored:
 their paths start at the noisy latents of the degraded crop, as an enlargement does. A prior as small as this one would
 take a blurred picture with a little noise for a blurred photograph.
 
-A step's captions lie at position zero, as FLUX.1's text does, or at the places that they describe, so that both
-position modes of a projector can be compared on one transformer.
+Crops are cut, degraded and encoded once for many steps: that would take longer than a step.
 """
 
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 
-from pipeline_flux_dino_tile import DinoProjector, DinoTokens, FluxDinoTilePipeline
+from pipeline_flux_dino_tile import DinoTokens, FluxDinoTilePipeline
 
 from ..training.flow_matching import StepInputs, denoising_losses
-from .captions import Language
-from .crops import center_crop, degrade_crops, device_generator, draw_crops
-from .sizes import PIXELS_PER_TOKEN, Sizes, make_transformer
+from .captions import Language, describe_squares
+from .crops import CropPairs, center_crop, device_generator, draw_indices
+from .sizes import Sizes, make_transformer
 from .stages import MAX_SHARD_SIZE, Stage, copy_weights, find_trained, update_average
 
 
 CAPTION_DROP = 0.15  # share of the steps
-POSITION_MODES = ("zero", "tile")
 MIN_SIGMA = 0.02
 SIGMA_POWER = 1.5  # of an even draw: half of the samples lie below 0.35, where an enlargement starts
-RESTORED_SHARE = 0.5  # of the crops of a step
-START_SIGMAS = (0.05, 0.6)
+RESTORED_SHARE = 0.65  # of the crops of a step
+AT_START_SHARE = 0.5  # of the restored ones; the others are further along their paths
+START_SIGMAS = (0.03, 0.5)
+# The mean square by which degraded latents differ from sharp ones, about. At a start well below its root almost all of
+# a velocity is that difference over the start: without the weight, small starts would drown the others.
+DEGRADATION_SQUARE = 0.03
 MEASURE_SIGMAS = (0.2, 0.35, 0.5, 0.8)
+ENCODED_PIXELS = 2**21  # in a batch
 
 
 def make_pipeline(vae, transformer, **defaults) -> FluxDinoTilePipeline:
@@ -61,11 +64,18 @@ def make_pipeline(vae, transformer, **defaults) -> FluxDinoTilePipeline:
     return FluxDinoTilePipeline(scheduler, vae, transformer=transformer, **without, **defaults)
 
 
+def draw_starts(count: int, rng: np.random.Generator) -> np.ndarray:
+    """Noise levels at which enlargements start, as many in each octave."""
+    low, high = np.log(START_SIGMAS)
+    return np.exp(rng.uniform(low, high, count))
+
+
 def draw_sigmas(count: int, num_restored: int, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Noise levels of `count` crops, the first of which are restored, and the levels at which these start."""
-    starts = rng.uniform(*START_SIGMAS, num_restored)
+    starts = draw_starts(num_restored, rng)
     sigmas = MIN_SIGMA + (1 - MIN_SIGMA) * rng.random(count) ** SIGMA_POWER
-    sigmas[:num_restored] = MIN_SIGMA + (starts - MIN_SIGMA) * rng.random(num_restored)
+    is_at_start = rng.random(num_restored) < AT_START_SHARE
+    sigmas[:num_restored] = np.where(is_at_start, starts, starts * rng.uniform(0.1, 1, num_restored))
     return torch.from_numpy(sigmas).float(), torch.from_numpy(starts).float()
 
 
@@ -74,18 +84,26 @@ def lead_from_degraded(inputs: StepInputs, degraded: torch.Tensor, starts: torch
     Has the first crops' paths start at the noisy latents of their degraded pictures.
 
     An enlargement starts there, at `(1 - start) * degraded + start * noise`, and follows the velocity straight to the
-    sharp latents. At a level `sigma` below, a part `sigma / start` of the difference between the two is left, which
-    is what flow matching with the noise `noise + (1 - sigma) / start * (degraded - sharp)` says.
+    sharp latents. At a level `sigma` below, a part `sigma / start` of the way is left, which is what flow matching
+    with the noise `noise + (1 - start) / start * (degraded - sharp)` says.
 
     Args:
         inputs ([`StepInputs`]): Of sharp latents.
         degraded (`torch.Tensor` of shape `(restored, channels, rows, columns)`): Latents of the first crops.
         starts (`torch.Tensor` of shape `(restored,)`): Noise levels, not below those of `inputs`.
     """
-    sharp, sigmas = inputs.latents[: len(starts)], inputs.sigmas[: len(starts)]
     noise = inputs.noise.clone()
-    noise[: len(starts)] += ((1 - sigmas) / starts).view(-1, 1, 1, 1) * (degraded - sharp)
+    noise[: len(starts)] += ((1 - starts) / starts).view(-1, 1, 1, 1) * (degraded - inputs.latents[: len(starts)])
     return inputs._replace(noise=noise)
+
+
+class EncodedCrops(NamedTuple):
+    """Crops that are encoded: latents `(count, channels, rows, columns)`, and how the sharp ones' squares look."""
+
+    pairs: CropPairs
+    sharp: torch.Tensor
+    degraded: torch.Tensor
+    looks: torch.Tensor
 
 
 class FluxStage(Stage):
@@ -94,7 +112,7 @@ class FluxStage(Stage):
 
     def __init__(self, sizes: Sizes, photos: list[torch.Tensor], work: Path, seed: int, device: torch.device):
         super().__init__(sizes, photos, work, seed, device)
-        vae = AutoencoderKL.from_pretrained(find_trained(work, "vae"), torch_dtype=torch.float32).to(device)
+        vae = AutoencoderKL.from_pretrained(find_trained(work, "decoder", "vae"), torch_dtype=torch.float32).to(device)
         self.transformer = make_transformer(sizes).to(device)
         self.average = deepcopy(self.transformer).requires_grad_(False)
         # FLUX.1's own precision. The optimizer moves the weights in float32, of which this is a copy in every step.
@@ -113,26 +131,42 @@ class FluxStage(Stage):
 
     def train_step(self) -> dict[str, torch.Tensor]:
         rng = self.step_rng()
-        side = int(rng.choice(self.sizes.flux_crops))
-        count = max(1, self.sizes.batch * self.sizes.crop**2 // side**2)
-        images = draw_crops(self.photos, count, side, rng)
-        num_restored = round(RESTORED_SHARE * count)
-        degraded = degrade_crops(images[:num_restored], rng)
-        sigmas, starts = draw_sigmas(count, num_restored, rng)
-        grid = self.sizes.token_grid // int(rng.choice((1, 2)))
-        mode = str(rng.choice(POSITION_MODES))
-        caption = None if rng.random() < CAPTION_DROP else self.caption(images, grid, mode)
         copy_weights(self.transformer, self.working)
-        generator = device_generator(rng, self.device)
-        latents, degraded_latents = self.encode(torch.cat([images, degraded]), generator).split([count, num_restored])
-        inputs = self.step_inputs(latents, sigmas, generator, self.dtype)
-        inputs = lead_from_degraded(inputs, degraded_latents, starts.to(self.device))
-        loss = denoising_losses(self.pipe, inputs, caption).mean()
+        loss = self.flow_loss(self.sizes.flux_batch, rng)
         self.update("transformer", loss, self.working)
         update_average(self.average, self.transformer, self.step)
         return {"loss": loss.detach()}
 
+    def flow_loss(self, batch: int, rng: np.random.Generator) -> torch.Tensor:
+        """Of `batch` crops of the smallest side, or of larger ones that have as many pixels."""
+        side = int(rng.choice(self.sizes.flux_crops))
+        count = max(1, batch * self.sizes.crop**2 // side**2)
+        crops: EncodedCrops = self.crops_of(side)
+        chosen = draw_indices(count, len(crops.sharp), rng, self.device)
+        num_restored = round(RESTORED_SHARE * count)
+        sigmas, starts = (values.to(self.device) for values in draw_sigmas(count, num_restored, rng))
+        caption = self.draw_caption(crops.looks[chosen], side, rng)
+        generator = device_generator(rng, self.device)
+        inputs = self.step_inputs(crops.sharp[chosen].float(), sigmas, generator, self.dtype)
+        inputs = lead_from_degraded(inputs, crops.degraded[chosen[:num_restored]].float(), starts)
+        losses = denoising_losses(self.pipe, inputs, caption)
+        weights = torch.ones_like(losses)
+        weights[:num_restored] = starts.square() / (starts.square() + DEGRADATION_SQUARE)
+        return (weights * losses).mean()
+
     @torch.no_grad()
+    def prepare_crops(self, pairs: CropPairs, rng: np.random.Generator) -> EncodedCrops:
+        generator = device_generator(rng, self.device)
+        grid = self.sizes.token_grid
+        sharp, degraded, looks = [], [], []
+        batch = max(1, ENCODED_PIXELS // pairs.sharp.shape[-1] ** 2)
+        for chosen in torch.arange(len(pairs.sharp), device=self.device).split(batch):
+            images, degraded_images = pairs.take(chosen)
+            sharp.append(self.encode(images, generator).half())
+            degraded.append(self.encode(degraded_images, generator).half())
+            looks.append(describe_squares(images, grid).half())
+        return EncodedCrops(pairs, torch.cat(sharp), torch.cat(degraded), torch.cat(looks))
+
     def encode(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         side = images.shape[-1]
         posterior = self.pipe.encode_tiles(images, self.pipe.plan_tiles(side, side, side))
@@ -146,22 +180,19 @@ class FluxStage(Stage):
         branch = self.language.empty_branch(dtype)
         return StepInputs(latents, noise, sigmas.to(self.device), no_features, branch, None)
 
-    def caption(self, images: torch.Tensor, grid: int, position_mode: str) -> DinoTokens:
-        """Tokens that stand where a projector's would, with positions by a projector's rule."""
-        tile_tokens = images.shape[-1] // PIXELS_PER_TOKEN
-        rule = DinoProjector(1, 1, 1, token_grid=grid, position_mode=position_mode)
-        ids = rule.position_ids((grid, grid), (tile_tokens, tile_tokens)).to(self.device)
-        return DinoTokens(self.language.caption(images, grid)[None], ids, None)
+    def draw_caption(self, looks: torch.Tensor, side: int, rng: np.random.Generator) -> DinoTokens | None:
+        return None if rng.random() < CAPTION_DROP else self.language.caption(looks.float(), side)
 
     def save_model(self, folder: Path) -> None:
         deepcopy(self.average).half().save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
 
     @torch.no_grad()
     @torch.compiler.set_stance("force_eager")  # another size of batch, once
-    def measure(self, held_out: list[torch.Tensor]) -> dict[str, float]:
-        """Velocity loss with a photo's own caption, with the next photo's, and without, at position zero."""
-        images = torch.cat([center_crop(photo, self.sizes.crop) for photo in held_out])
-        own = self.caption(images, self.sizes.token_grid, "zero")
+    def measure(self, validation: list[torch.Tensor]) -> dict[str, float]:
+        """Velocity loss with a photo's own caption, with the next photo's, and without."""
+        side = self.sizes.crop
+        images = torch.cat([center_crop(photo, side) for photo in validation])
+        own = self.language.caption(describe_squares(images, self.sizes.token_grid), side)
         captions = {"own": own, "other": own._replace(tokens=own.tokens.roll(1, dims=1)), "none": None}
         pipe = make_pipeline(self.pipe.vae, self.average)
         numbers = {}

@@ -44,6 +44,10 @@ class Sizes(NamedTuple):
     crop: int  # px, side of a crop
     batch: int  # crops of that side in a step; of others as many pixels
     flux_crops: tuple[int, ...]  # px, sides that FLUX's steps draw from
+    flux_batch: int  # crops in a step of the FLUX stage
+    paint_batch: tuple[int, int]  # crops in a step of the paint stage: by flow matching, and as pictures
+    pool_crops: int  # cut at once, for `pool_steps` steps
+    pool_steps: int
 
 
 SIZES = {
@@ -61,7 +65,11 @@ SIZES = {
         token_grid=16,
         crop=256,
         batch=64,
-        flux_crops=(256, 256, 512),
+        flux_crops=(256, 256, 256, 512),
+        flux_batch=192,
+        paint_batch=(96, 64),
+        pool_crops=24576,
+        pool_steps=6000,
     ),
     "tiny": Sizes(
         vae_widths=(8, 16, 16, 32),
@@ -78,6 +86,10 @@ SIZES = {
         crop=64,
         batch=8,
         flux_crops=(64,),
+        flux_batch=8,
+        paint_batch=(4, 4),
+        pool_crops=32,
+        pool_steps=100,
     ),
 }
 

@@ -15,7 +15,6 @@
 """A stage of the training: steps within a time, and checkpoints from which another call goes on exactly."""
 
 import json
-import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +30,7 @@ from safetensors.torch import load_file
 from ..folders import replace_folder
 from ..training.samples import sample_rng
 from ..training.trainer import average_gradients, avoid_cudnn_attention
-from .crops import make_pyramid
+from .crops import CropPairs, draw_pairs, make_pyramid
 from .sizes import Sizes
 
 
@@ -41,9 +40,10 @@ MAX_SHARD_SIZE = "14MB"  # checkpoints travel in files below 16 MiB
 REPORT_STEPS = 100
 CLOCK_STEPS = 10  # of several processes between two looks at the first one's clock
 AVERAGE_DECAY = 0.999
-# The same for every stage: the learning rate rises, then stays, for nobody knows beforehand when a stage ends. What a
-# falling rate would bring, the averaged weights bring.
+# The learning rate rises, then stays, for nobody knows beforehand when a stage ends; the averaged weights bring most
+# of what a falling rate would bring. The last call of a stage can be told to let it fall.
 WARMUP_STEPS = 200
+COOL_DOWN_SHARE = 0.3  # of the last call
 
 
 class Stage:
@@ -71,6 +71,9 @@ class Stage:
         self.photos = [make_pyramid(photo, sizes.crop // 2) for photo in photos]
         self.folder = work / self.name
         self.step = 0
+        self.stretch = -1
+        self.crops: dict[int, Any] = {}
+        self.rate_factor = 1.0  # of the learning rate, below 1 while it falls
         self.processes = PartialState()
         self.modules: dict[str, torch.nn.Module] = {}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
@@ -85,9 +88,24 @@ class Stage:
         """Writes what the later stages read, in half precision."""
         raise NotImplementedError
 
-    def measure(self, held_out: list[torch.Tensor]) -> dict[str, float]:
+    def measure(self, validation: list[torch.Tensor]) -> dict[str, float]:
         """Numbers of the averaged weights on photos that were not trained on."""
         raise NotImplementedError
+
+    def crops_of(self, side: int) -> Any:
+        """The crops from which this stretch of steps draws, as [`~Stage.prepare_crops`] gives them."""
+        stretch = self.step // self.sizes.pool_steps
+        if stretch != self.stretch:
+            self.crops, self.stretch = {}, stretch
+        if side not in self.crops:
+            # The side and the process choose the stream of random numbers, beside those of single steps.
+            rng = sample_rng(self.seed, stretch, 1000 * side + self.processes.process_index)
+            count = max(1, self.sizes.pool_crops * self.sizes.crop**2 // side**2)
+            self.crops[side] = self.prepare_crops(draw_pairs(self.photos, count, side, rng), rng)
+        return self.crops[side]
+
+    def prepare_crops(self, pairs: CropPairs, rng: np.random.Generator) -> Any:
+        return pairs
 
     def step_rng(self) -> np.random.Generator:
         """All that is random about a step of this process."""
@@ -106,7 +124,9 @@ class Stage:
         """
         optimizer = self.optimizers[name]
         parameters = optimizer.param_groups[0]["params"]
-        optimizer.param_groups[0]["lr"] = self.learning_rate * min(1, (self.step + 1) / WARMUP_STEPS)
+        optimizer.param_groups[0]["lr"] = (
+            self.learning_rate * min(1, (self.step + 1) / WARMUP_STEPS) * self.rate_factor
+        )
         inputs = parameters if working is None else list(working.parameters())
         gradients = torch.autograd.grad(loss, inputs, materialize_grads=True)
         for parameter, gradient in zip(parameters, gradients):
@@ -179,12 +199,13 @@ def load_shards(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def find_trained(work: Path, stage: str) -> Path:
-    """The folder of the model that an earlier stage has saved."""
-    folder = work / stage / MODEL_FOLDER
-    if not folder.is_dir():
-        raise ValueError(f"--work {work}: there is no {stage} yet; run the stage {stage} first")
-    return folder
+def find_trained(work: Path, *stages: str) -> Path:
+    """The folder of the model that an earlier stage has saved: the first of `stages` that has one."""
+    folders = [work / stage / MODEL_FOLDER for stage in stages]
+    for folder in folders:
+        if folder.is_dir():
+            return folder
+    raise ValueError(f"--work {work}: there is no {stages[-1]} yet; run the stage {stages[-1]} first")
 
 
 @torch.no_grad()
@@ -202,35 +223,61 @@ def update_average(average: torch.nn.Module, model: torch.nn.Module, step: int, 
         kept.lerp_(new, 1 - decay)
 
 
-def is_time_over(end: float, stage: Stage) -> bool:
-    """The same for all processes: when the first one's clock says so."""
-    if stage.processes.num_processes == 1:
-        return time.monotonic() >= end
-    if stage.step % CLOCK_STEPS:
-        return False
-    return bool(broadcast(torch.tensor(float(time.monotonic() >= end), device=stage.device)))
+class Clock:
+    """
+    How much of a call is over, from 0 to 1; the same for all processes, for the first one's clock counts.
+
+    Args:
+        stage ([`Stage`]): That trains.
+        seconds (`float`, *optional*): Of the call at most.
+        max_steps (`int`, *optional*): At which it ends, counted from the first call.
+    """
+
+    def __init__(self, stage: Stage, seconds: float | None, max_steps: int | None):
+        self.stage, self.seconds, self.max_steps = stage, seconds, max_steps
+        self.start, self.first_step = time.monotonic(), stage.step
+        self.part_of_seconds = 0.0
+
+    def spent(self) -> float:
+        return time.monotonic() - self.start
+
+    def progress(self) -> float:
+        part_of_steps = 0.0
+        if self.max_steps is not None:
+            part_of_steps = (self.stage.step - self.first_step) / max(1, self.max_steps - self.first_step)
+        if self.seconds is not None and self.stage.step % CLOCK_STEPS == 0:
+            part = min(1.0, self.spent() / max(self.seconds, 1e-9))
+            if self.stage.processes.num_processes > 1:
+                part = float(broadcast(torch.tensor(part, device=self.stage.device)))
+            self.part_of_seconds = part
+        return max(part_of_steps, self.part_of_seconds)
 
 
 def run_stage(
-    stage: Stage, held_out: list[torch.Tensor], seconds: float | None, max_steps: int | None
+    stage: Stage,
+    validation: list[torch.Tensor],
+    seconds: float | None,
+    max_steps: int | None,
+    cools_down: bool = False,
 ) -> dict[str, float]:
     """
-    Trains for at most `seconds`, or until `max_steps` in all. The first process saves, and returns the numbers; the
-    others return none.
+    Trains for at most `seconds`, or until `max_steps` in all; with `cools_down` the learning rate falls to 0 over the
+    last part of the call. The first process saves, and returns the numbers; the others return none.
     """
     avoid_cudnn_attention()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     stage.resume()
-    start, first, is_main = time.monotonic(), stage.step, stage.processes.is_main_process
-    end = math.inf if seconds is None else start + seconds
+    first, is_main = stage.step, stage.processes.is_main_process
     values: dict[str, torch.Tensor] = {}
-    while stage.step != max_steps and not is_time_over(end, stage):
+    clock = Clock(stage, seconds, max_steps)
+    while stage.step != max_steps and (progress := clock.progress()) < 1:
+        stage.rate_factor = min(1.0, (1 - progress) / COOL_DOWN_SHARE) if cools_down else 1.0
         values = stage.train_step()
         stage.step += 1
         if is_main and (stage.step % REPORT_STEPS == 0 or stage.step == 1):
             text = " ".join(f"{name} {float(value):.4f}" for name, value in values.items())
-            print(f"{stage.name} {stage.step} {time.monotonic() - start:.0f}s {text}", flush=True)
-    spent = time.monotonic() - start
+            print(f"{stage.name} {stage.step} {clock.spent():.0f}s {text}", flush=True)
+    spent = clock.spent()
     # Averaged, so that all processes raise when one has to.
     if not all(bool(torch.isfinite(reduce(value, "mean"))) for value in values.values()):
         raise ValueError(f"{stage.name}: the loss is not finite at step {stage.step}; the last checkpoint stays")
@@ -238,6 +285,6 @@ def run_stage(
     if is_main:
         stage.save()
         numbers = {"steps": stage.step, "steps_per_second": (stage.step - first) / max(spent, 1e-9)}
-        numbers |= stage.measure(held_out)
+        numbers |= stage.measure(validation)
     stage.processes.wait_for_everyone()
     return numbers

@@ -22,16 +22,18 @@ latents get a little noise, as FLUX's have errors (RAE, arXiv 2510.11690, does s
 No network trained elsewhere takes part: the perceptual distance that judges the result must not have trained it.
 """
 
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
 from ..metrics import edges, gradient_energy, psnr
 from ..training.samples import sample_rng
-from .crops import center_crop, device_generator, draw_crops
+from .crops import CropPairs, center_crop, device_generator, draw_indices
 from .sizes import Sizes, make_vae
 from .stages import (
     MAX_SHARD_SIZE,
@@ -66,13 +68,20 @@ def reconstruction_loss(decoded: torch.Tensor, images: torch.Tensor) -> torch.Te
     )
 
 
-def make_adversary(width: int) -> torch.nn.Sequential:
+def make_adversary(width: int, channels: int = 3) -> torch.nn.Sequential:
     """Scores `(batch, 1, rows, columns)` of overlapping patches of 22 px: high for photographs."""
-    layers: list[torch.nn.Module] = [torch.nn.Conv2d(3, width, 4, 2, 1), torch.nn.LeakyReLU(0.2)]
+    layers: list[torch.nn.Module] = [torch.nn.Conv2d(channels, width, 4, 2, 1), torch.nn.LeakyReLU(0.2)]
     for inputs, outputs, stride in ((width, 2 * width, 2), (2 * width, 4 * width, 1)):
         layers += [torch.nn.Conv2d(inputs, outputs, 4, stride, 1), torch.nn.GroupNorm(8, outputs)]
         layers += [torch.nn.LeakyReLU(0.2)]
     return torch.nn.Sequential(*layers, torch.nn.Conv2d(4 * width, 1, 1))
+
+
+def adversary_direction(score: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> torch.Tensor:
+    """Where the adversary wants the pixels, with a norm of one."""
+    images = images.detach().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(-score(images).mean(), images)
+    return gradient / (gradient.norm() + 1e-12)
 
 
 class VaeStage(Stage):
@@ -103,7 +112,7 @@ class VaeStage(Stage):
     def train_step(self) -> dict[str, torch.Tensor]:
         rng = self.step_rng()
         # Half the side: convolutions need no more context. Half the batch: more steps help more than larger ones.
-        images = draw_crops(self.photos, self.sizes.batch // 2, self.sizes.crop // 2, rng)
+        images = self.draw_images(self.sizes.batch // 2, rng)
         with self.autocast():
             latents, kl = self.draw_latents(images, device_generator(rng, self.device))
             decoded = self.vae.decode(latents).sample
@@ -112,11 +121,16 @@ class VaeStage(Stage):
         values = {"loss": loss.detach()}
         (gradient,) = torch.autograd.grad(loss, decoded)
         if self.step >= self.adversary_steps:
-            gradient = gradient + self.adversary_gradient(decoded.detach(), gradient)
+            wanted = adversary_direction(self.score, decoded.detach())
+            gradient = gradient + self.adversary_share * gradient.norm() * wanted
             values["adversary"] = self.train_adversary(images, decoded.detach())
         self.update("vae", (gradient * decoded).sum() + kl)
         update_average(self.average, self.vae, self.step)
         return values
+
+    def draw_images(self, count: int, rng: np.random.Generator) -> torch.Tensor:
+        pairs: CropPairs = self.crops_of(self.sizes.crop // 2)
+        return pairs.take(draw_indices(count, len(pairs.sharp), rng, self.device))[0]
 
     def draw_latents(self, images: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """Latents to decode, and what their divergence adds to the loss."""
@@ -125,17 +139,12 @@ class VaeStage(Stage):
         kl = KL_WEIGHT * posterior.kl().mean() / images[0].numel()
         return posterior.mean + posterior.std * noise, kl
 
-    def adversary_gradient(self, decoded: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-        """Where the adversary wants the decoded pixels, at a share of the norm of the loss's gradient."""
-        decoded.requires_grad_(True)
+    def score(self, images: torch.Tensor) -> torch.Tensor:
         with self.autocast():
-            score = self.adversary(decoded).float().mean()
-        (wanted,) = torch.autograd.grad(-score, decoded)
-        return self.adversary_share * gradient.norm() / (wanted.norm() + 1e-12) * wanted
+            return self.adversary(images).float()
 
     def train_adversary(self, images: torch.Tensor, decoded: torch.Tensor) -> torch.Tensor:
-        with self.autocast():
-            real, fake = self.adversary(torch.cat([images, decoded])).float().chunk(2)
+        real, fake = self.score(torch.cat([images, decoded])).chunk(2)
         loss = F.relu(1 - real).mean() + F.relu(1 + fake).mean()
         self.update("adversary", loss)
         return loss.detach()
@@ -149,19 +158,14 @@ class VaeStage(Stage):
     @torch.no_grad()
     def latent_scale(self) -> tuple[float, float]:
         """The scale and the shift that bring the latents of training crops to unit variance and zero mean."""
-        rng = sample_rng(self.seed, 0, 1)
-        side = self.sizes.crop // 2
-        latents = [
-            self.average.encode(draw_crops(self.photos, 8, side, rng)).latent_dist.mean
-            for _ in range(STATISTICS_CROPS // 8)
-        ]
-        std, mean = torch.std_mean(torch.cat(latents))
+        images = self.draw_images(STATISTICS_CROPS, sample_rng(self.seed, 0, 1))
+        std, mean = torch.std_mean(self.average.encode(images).latent_dist.mean)
         return 1 / float(std), float(mean)
 
     @torch.no_grad()
-    def measure(self, held_out: list[torch.Tensor]) -> dict[str, float]:
+    def measure(self, validation: list[torch.Tensor]) -> dict[str, float]:
         """Reconstruction of the middles of held-out photos, at twice the crop's side."""
-        images = torch.cat([center_crop(photo, 2 * self.sizes.crop) for photo in held_out])
+        images = torch.cat([center_crop(photo, 2 * self.sizes.crop) for photo in validation])
         decoded = torch.cat(
             [self.average.decode(self.average.encode(x).latent_dist.mean).sample for x in images.split(1)]
         )
