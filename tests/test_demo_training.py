@@ -29,7 +29,7 @@ from training_runs import save_photos
 from worker_runs import exit_codes, make_context, outputs, start_ranks
 
 from dino_projector import metrics
-from dino_projector.demo_training import stages, vae
+from dino_projector.demo_training import stages
 from dino_projector.demo_training.assemble import CHECKPOINT_FOLDER, assemble, check_sizes
 from dino_projector.demo_training.captions import Language, describe_squares, place_codes
 from dino_projector.demo_training.crops import (
@@ -47,6 +47,7 @@ from dino_projector.demo_training.sizes import SIZES, count_weights, make_dino, 
 from dino_projector.demo_training.stages import load_shards, run_stage, update_average
 from dino_projector.demo_training.vae import DecoderStage, VaeStage
 from dino_projector.training.flow_matching import StepInputs
+from dino_projector.training.losses import local_edge_energy, reconstruction_loss
 from dino_projector.training.samples import sample_rng
 from flux_dino_tile.diagnostics import seam_ratio
 from flux_dino_tile.embedded import DEMO_FOLDER
@@ -300,12 +301,12 @@ def test_the_center_crop_is_the_middle():
 def test_the_vae_loss_makes_blur_dear():
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(2, 3, 32, 32, generator=generator) * 2 - 1
-    assert float(vae.reconstruction_loss(images, images)) == 0
+    assert float(reconstruction_loss(images, images)) == 0
     blurred = torch.nn.functional.avg_pool2d(images, 3, 1, 1)
     shaken = images + (blurred - images).abs().mean() * torch.randn(images.shape, generator=generator).sign()
     l1 = [float((other - images).abs().mean()) for other in (blurred, shaken)]
     assert l1[0] == pytest.approx(l1[1], rel=1e-3)
-    energies = [float((vae.local_edge_energy(x) - vae.local_edge_energy(images)).mean()) for x in (blurred, shaken)]
+    energies = [float((local_edge_energy(x) - local_edge_energy(images)).mean()) for x in (blurred, shaken)]
     assert energies[0] < 0 < energies[1]
 
 

@@ -31,7 +31,8 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
-from ..metrics import edges, gradient_energy, psnr
+from ..metrics import gradient_energy, psnr
+from ..training.losses import reconstruction_loss
 from ..training.samples import sample_rng
 from .crops import CropPairs, center_crop, device_generator, draw_indices
 from .sizes import Sizes, make_vae
@@ -46,26 +47,8 @@ from .stages import (
 
 
 KL_WEIGHT = 1e-4  # of the divergence for a colour value
-EDGE_WEIGHT = 1.0
-ENERGY_WEIGHT = 1.0
-ENERGY_WINDOW = 8  # px
 STATISTICS_CROPS = 64
 LATENT_NOISE = 0.15  # at most, in the decoder stage; of the latents' standard deviation
-
-
-def local_edge_energy(images: torch.Tensor) -> torch.Tensor:
-    """Root mean square of the edges `(batch, 6, rows, columns)` in windows that overlap by half."""
-    squares = F.avg_pool2d(edges(images).square(), ENERGY_WINDOW, ENERGY_WINDOW // 2)
-    return (squares + 1e-6).sqrt()
-
-
-def reconstruction_loss(decoded: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    """Of `(batch, 3, height, width)` images in [-1, 1]. The energy term makes a blurred texture dear."""
-    return (
-        F.l1_loss(decoded, images)
-        + EDGE_WEIGHT * F.l1_loss(edges(decoded), edges(images))
-        + ENERGY_WEIGHT * F.l1_loss(local_edge_energy(decoded), local_edge_energy(images))
-    )
 
 
 def make_adversary(width: int, channels: int = 3) -> torch.nn.Sequential:
