@@ -130,7 +130,8 @@ def build_parser() -> Parser:
         metavar="N",
         help="T5 tokens (default: 256 for FLUX.1-schnell, 512 for dev)",
     )
-    add("--cache_latents", action="store_true", help="crop a picture always at the same place and keep its latents")
+    cached = "crop a picture always at the same place and keep the latents of the sharp crop"
+    add("--cache_latents", action="store_true", help=cached)
     add("--precomputed_dir", metavar="DIR", help="for text embeddings and latents (default: OUTPUT_DIR/precomputed)")
     add("--dataloader_num_workers", type=number(int, 0), default=4, metavar="N", help="per process (default: 4)")
 
@@ -153,6 +154,14 @@ def build_parser() -> Parser:
     add("--weighting_scheme", choices=["none", "logit_normal"], default="none", help="none is even (default: none)")
     add("--logit_mean", type=float, default=0.0, metavar="X", help="of logit_normal (default: 0)")
     add("--logit_std", type=number(float, 0), default=1.0, metavar="X", help="of logit_normal (default: 1)")
+    add(
+        "--restoration_share",
+        type=number(float, 0, 1),
+        default=0.0,
+        metavar="P",
+        help="share of the samples that start where an enlargement does, at their noisy degraded latents, from"
+        " --sigma_min to --sigma_max (default: 0)",
+    )
     add(
         "--guidance_scale",
         type=number(float, 0, 1000),
@@ -243,12 +252,15 @@ def fill_in_defaults(args: argparse.Namespace) -> None:
     import torch
 
     from dino_projector.training.checkpoints import list_checkpoints
+    from dino_projector.training.flow_matching import LEAST_START
 
     check_package("torchdata", "training")
     on_cpu = args.cpu or not torch.cuda.is_available()
     args.mixed_precision = args.mixed_precision or ("no" if on_cpu else "bf16")
     if args.quantization == "nf4" and on_cpu:
         raise UsageError("--quantization nf4 needs a CUDA device")
+    if args.restoration_share and args.sigma_max <= LEAST_START:
+        raise UsageError(f"--sigma_max {args.sigma_max:g} must be above {LEAST_START} with --restoration_share")
     if args.report_to != "none":
         check_package(args.report_to, f"--report_to {args.report_to}")
     if args.train_shards is not None:

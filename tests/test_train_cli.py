@@ -76,6 +76,11 @@ def usage_error(capsys, *argv):
         (["--resolution", 500], "argument --resolution: must be a multiple of 16 px, not 500"),
         (["--resolution", "x"], "argument --resolution: must be a whole number of at least 16, not 'x'"),
         (["--sigma_min", 0.7], "--sigma_min 0.7 must be below --sigma_max 0.6"),
+        (["--restoration_share", 1.1], "argument --restoration_share: must be a number from 0 to 1, not '1.1'"),
+        (
+            ["--restoration_share", 0.5, "--sigma_min", 0, "--sigma_max", 0.02],
+            "--sigma_max 0.02 must be above 0.02 with --restoration_share",
+        ),
         (["--lr_warmup_steps", 4], "--lr_warmup_steps 4 must be below --max_train_steps 4"),
         (["--scale_factor", 4, 2], "argument --scale_factor: 4 is above 2"),
         (["--degradation", "bad"], "argument --degradation: invalid choice: 'bad'"),
@@ -246,6 +251,7 @@ def test_text_encoders_stay_for_the_captions_of_a_stream_only(model, photos, tmp
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resuming_equals_not_having_stopped_bit_for_bit(model, photos, tmp_path, workers):
     options = (*EVERYTHING, "--dataloader_num_workers", workers, "--gradient_accumulation_steps", 2)
+    options += ("--restoration_share", 0.5)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(model, photos, whole, "--max_train_steps", 7, *options)
     run(model, photos, parts, "--max_train_steps", 7, "--checkpointing_steps", 3, *options)

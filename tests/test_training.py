@@ -32,7 +32,17 @@ from dino_projector.training.cache import (
     text_fingerprint,
 )
 from dino_projector.training.dropout import Dropout, draw_caption, draw_log_scale
-from dino_projector.training.flow_matching import NoiseLevels, StepInputs, denoising_losses, draw_sigma, project_tokens
+from dino_projector.training.flow_matching import (
+    NoiseLevels,
+    StepInputs,
+    denoising_losses,
+    draw_part_ahead,
+    draw_sigma,
+    draw_start,
+    lead_from_degraded,
+    project_tokens,
+    restoration_weights,
+)
 from dino_projector.training.models import ReduxTeacher, distillation_loss, match_token_rms
 from dino_projector.training.samples import sample_rng
 from dino_projector.training.signals import StopSignal
@@ -78,11 +88,13 @@ def photos(tmp_path_factory):
 
 def test_step_with_everything_on_is_the_pipelines_forward(model, photos, tmp_path):
     """Each sample alone through the pipeline, its dropped tokens left out instead of masked, its loss written out."""
-    trainer, loader, _ = start(model, photos, tmp_path, *EVERYTHING, "--guidance_scale", 1.5, "--random_flip")
+    more = ("--guidance_scale", 1.5, "--random_flip", "--restoration_share", 0.5)
+    trainer, loader, _ = start(model, photos, tmp_path, *EVERYTHING, *more)
     batch = next(iter(loader))
     inputs = trainer.make_inputs(batch)
     assert inputs.log_scale is not None and len({float(row.max()) for row in inputs.log_scale}) > 2
     assert torch.isinf(inputs.log_scale).all(1).any() and (torch.isinf(inputs.log_scale).sum(1) % 16 != 0).any()
+    assert 0 < inputs.starts.isfinite().sum() < 6
     dino = project_tokens(trainer.pipe, trainer.make_inputs.plan, inputs)
     with trainer.pipe.dino_attention(dino):
         losses = denoising_losses(trainer.pipe, inputs, dino)
@@ -106,7 +118,10 @@ def test_step_with_everything_on_is_the_pipelines_forward(model, photos, tmp_pat
             velocity = pipe.predict_velocity(
                 torch.lerp(latents, noise, sigma), torch.tensor(1000 * sigma), branch, guidance, alone
             )
-        torch.testing.assert_close(losses[index], F.mse_loss(velocity, noise - latents), rtol=1e-4, atol=1e-6)
+        path_start = float(inputs.starts[index])
+        weight = path_start**2 / (path_start**2 + 0.03) if math.isfinite(path_start) else 1.0
+        wanted = weight * F.mse_loss(velocity, noise - latents)
+        torch.testing.assert_close(losses[index], wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_inputs_are_the_pipelines_encodings(schnell, photos, tmp_path):
@@ -126,6 +141,45 @@ def test_inputs_are_the_pipelines_encodings(schnell, photos, tmp_path):
     embeds, pooled_embeds, _ = full.encode_prompt("", None, max_sequence_length=16)
     torch.testing.assert_close(inputs.branch.prompt_embeds, embeds.expand(2, -1, -1))
     torch.testing.assert_close(inputs.branch.pooled_prompt_embeds, pooled_embeds.expand(2, -1))
+
+
+def test_restored_samples_start_at_their_noisy_degraded_latents(schnell, photos, tmp_path):
+    options = ("--train_batch_size", 12, "--degradation", "mild", "bicubic")
+    plain, loader, _ = start(schnell, photos, tmp_path, *options)
+    trainer, _, _ = start(schnell, photos, tmp_path, *options, "--restoration_share", 0.6)
+    batch = next(iter(loader))
+    inputs, unrestored = trainer.make_inputs(batch), plain.make_inputs(batch)
+    restored = inputs.starts.isfinite()
+    at_start = restored & (inputs.sigmas == inputs.starts)
+    assert 0 < at_start.sum() < restored.sum() < 12
+    assert (inputs.sigmas[restored] <= inputs.starts[restored]).all()
+    for found, wanted in zip(inputs[:3], unrestored[:3]):
+        assert torch.equal(found[~restored], wanted[~restored])
+    assert torch.equal(inputs.latents, unrestored.latents)
+
+    vae = trainer.pipe.vae
+    posterior = vae.encode(batch["degraded"].float() / 127.5 - 1).latent_dist
+    latents = (posterior.mean - vae.config.shift_factor) * vae.config.scaling_factor
+    sigmas = inputs.sigmas.view(-1, 1, 1, 1)
+    noisy = (1 - sigmas) * inputs.latents + sigmas * inputs.noise
+    degraded = (noisy - sigmas * unrestored.noise) / (1 - sigmas)
+    deviation = ((degraded - latents) / (posterior.std * vae.config.scaling_factor))[at_start]
+    assert float(deviation.mean()) == pytest.approx(0, abs=0.15)
+    assert float(deviation.std()) == pytest.approx(1, abs=0.1)
+
+
+def test_the_path_of_a_restored_sample_leads_from_the_degraded_latents_to_the_sharp():
+    sharp, degraded, noise = torch.randn(3, 3, 4, 6, 6, generator=torch.Generator().manual_seed(0))
+    starts = torch.tensor([0.4, 0.4, math.inf])
+    inputs = StepInputs(sharp, noise, torch.tensor([0.4, 0.1, 0.9]), torch.empty(0), None, None)
+    led = lead_from_degraded(inputs, degraded, starts)
+    sigmas = inputs.sigmas.view(-1, 1, 1, 1)
+    noisy, velocity = (1 - sigmas) * led.latents + sigmas * led.noise, led.noise - led.latents
+    torch.testing.assert_close(noisy[0], 0.6 * degraded[0] + 0.4 * noise[0])
+    torch.testing.assert_close((noisy - sigmas * velocity)[:2], sharp[:2])
+    # A quarter of the way is left.
+    torch.testing.assert_close(noisy[1], 0.9 * (sharp[1] + (degraded[1] - sharp[1]) / 4) + 0.1 * noise[1])
+    assert torch.equal(led.noise[2], noise[2])
 
 
 @pytest.mark.parametrize("checkpointing", ["--gradient_checkpointing", "--no-gradient_checkpointing"])
@@ -283,6 +337,31 @@ def test_sigmas_are_even_or_logit_normal_in_their_range():
     normal = torch.logit((sigmas(0.1, 0.5, "logit_normal", 0.5, 0.8) - 0.1) / 0.4)
     assert float(normal.mean()) == pytest.approx(0.5, abs=0.06)
     assert float(normal.std()) == pytest.approx(0.8, abs=0.05)
+
+
+def test_starts_are_even_in_their_logarithm_and_half_of_the_samples_lie_there():
+    def drawn(levels):
+        rngs = [np.random.default_rng(i) for i in range(3000)]
+        starts = [draw_start(levels, rng) for rng in rngs]
+        return torch.tensor(starts), torch.tensor([draw_part_ahead(rng) for rng in rngs])
+
+    levels = NoiseLevels(0.05, 0.8, restoration_share=0.6)
+    starts, parts = drawn(levels)
+    restored = starts[starts.isfinite()]
+    assert len(restored) / len(starts) == pytest.approx(0.6, abs=0.03)
+    histogram = torch.histc(restored.log2(), 4, math.log2(0.05), math.log2(0.8)) / len(restored)
+    torch.testing.assert_close(histogram, torch.full((4,), 0.25), atol=0.04, rtol=0)
+    assert float((parts == 1).float().mean()) == pytest.approx(0.5, abs=0.03)
+    below = torch.histc(parts[parts < 1], 4, 0, 1) / (parts < 1).sum()
+    torch.testing.assert_close(below, torch.full((4,), 0.25), atol=0.04, rtol=0)
+    # From no noise at all no path starts.
+    assert 0.02 <= drawn(levels._replace(sigma_min=0.0))[0].min() < 0.021
+    assert drawn(levels._replace(restoration_share=0.0))[0].isinf().all()
+
+
+def test_small_starts_weigh_little():
+    found = restoration_weights(torch.tensor([0.02, 0.03**0.5, 0.6, math.inf]))
+    torch.testing.assert_close(found, torch.tensor([0.0004 / 0.0304, 0.5, 0.36 / 0.39, 1.0]))
 
 
 def test_dropout_has_its_shares_and_ranges():
@@ -471,6 +550,33 @@ def test_validation_losses_are_means_over_the_examples(schnell, photos, tmp_path
             for name, total in totals.items():
                 assert found[name][column] == pytest.approx(total, rel=1e-5)
     assert found == validation_losses(pipe, validator.plan, examples, validator.branch, None, [0.2, 0.5])
+
+
+def test_a_training_that_restores_is_validated_at_the_starts(schnell, photos, tmp_path, capsys):
+    options = ("--num_validation_images", 2, "--restoration_share", 0.1, "--sigma_min", 0.05, "--sigma_max", 0.8)
+    trainer, loader, args = start(schnell, photos, tmp_path, *options)
+    validator = Validator(trainer, loader.dataset.source, args)
+    # Factors of two from 0.05 to 0.8, at the middles of which the losses are.
+    assert validator.sigmas == pytest.approx([0.05 * 2 ** (n + 0.5) for n in range(4)])
+    found, pipe = validator.validate(), trainer.pipe
+    assert "validation loss at start" in capsys.readouterr().out
+    losses = []
+    for sigma in validator.sigmas:
+        for example in validator.examples:
+            noisy = (1 - sigma) * example.degraded + sigma * example.noise
+            timestep = torch.tensor([1000 * sigma])
+            with torch.no_grad():
+                velocity = pipe.predict_velocity(noisy, timestep, validator.branch, None, None)
+            target = (noisy - example.latents) / sigma
+            losses.append(sigma**2 / (sigma**2 + 0.03) * float(F.mse_loss(velocity, target)))
+    assert found["validation/without_tokens"] == pytest.approx(np.mean(losses), rel=1e-5)
+    # The degraded latents are a sample of what the VAE sees in the degraded picture.
+    example = validator.examples[0]
+    pixels = torch.from_numpy(np.array(example.pair.degraded)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    posterior = pipe.vae.encode(pixels).latent_dist
+    mean = (posterior.mean - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
+    deviation = (example.degraded - mean) / (posterior.std * pipe.vae.config.scaling_factor)
+    assert float(deviation.std()) == pytest.approx(1, abs=0.1)
 
 
 def test_validation_and_checkpoints_borrow_the_averaged_weights(schnell, photos, tmp_path):

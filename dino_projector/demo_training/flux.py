@@ -79,24 +79,6 @@ def draw_sigmas(count: int, num_restored: int, rng: np.random.Generator) -> tupl
     return torch.from_numpy(sigmas).float(), torch.from_numpy(starts).float()
 
 
-def lead_from_degraded(inputs: StepInputs, degraded: torch.Tensor, starts: torch.Tensor) -> StepInputs:
-    """
-    Has the first crops' paths start at the noisy latents of their degraded pictures.
-
-    An enlargement starts there, at `(1 - start) * degraded + start * noise`, and follows the velocity straight to the
-    sharp latents. At a level `sigma` below, a part `sigma / start` of the way is left, which is what flow matching
-    with the noise `noise + (1 - start) / start * (degraded - sharp)` says.
-
-    Args:
-        inputs ([`StepInputs`]): Of sharp latents.
-        degraded (`torch.Tensor` of shape `(restored, channels, rows, columns)`): Latents of the first crops.
-        starts (`torch.Tensor` of shape `(restored,)`): Noise levels, not below those of `inputs`.
-    """
-    noise = inputs.noise.clone()
-    noise[: len(starts)] += ((1 - starts) / starts).view(-1, 1, 1, 1) * (degraded - inputs.latents[: len(starts)])
-    return inputs._replace(noise=noise)
-
-
 class EncodedCrops(NamedTuple):
     """Crops that are encoded: latents `(count, channels, rows, columns)`, and how the sharp ones' squares look."""
 

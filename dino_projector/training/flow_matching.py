@@ -12,8 +12,14 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""One training step: the inputs of the frozen transformer, and the flow-matching loss of its velocity."""
+"""
+One training step: the inputs of the frozen transformer, and the flow-matching loss of its velocity.
 
+Flow matching leads from noise to the sharp latents. An enlargement starts at the noisy latents of a degraded picture;
+so do the paths of restored samples.
+"""
+
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -30,6 +36,12 @@ from .dropout import Dropout, draw_caption, draw_log_scale
 from .samples import sample_rng
 
 
+LEAST_START = 0.02  # the velocities of a restored path are as large as 1 / start
+AT_START_SHARE = 0.5  # of the restored samples; the others are on their way, as in the later steps of an enlargement
+# About the mean square of degraded less sharp latents: the velocities of smaller starts would drown the others.
+DEGRADED_SQUARE = 0.03
+
+
 class NoiseLevels(NamedTuple):
     """From which noise levels a sample draws its own."""
 
@@ -38,6 +50,10 @@ class NoiseLevels(NamedTuple):
     weighting_scheme: str = "none"  # uniform, or "logit_normal"
     logit_mean: float = 0.0
     logit_std: float = 1.0
+    restoration_share: float = 0.0  # of samples that start at their noisy degraded latents, even in log(sigma)
+
+    def start_range(self) -> tuple[float, float]:
+        return max(self.sigma_min, LEAST_START), self.sigma_max
 
 
 class StepInputs(NamedTuple):
@@ -50,6 +66,7 @@ class StepInputs(NamedTuple):
     branch: PromptBranch
     guidance: torch.Tensor | None  # (batch,)
     log_scale: torch.Tensor | None = None  # (batch, num_tokens); None is plain attention
+    starts: torch.Tensor | None = None  # (batch,) levels where restored paths start, infinity for other samples
 
 
 def torch_generator(rng: np.random.Generator) -> torch.Generator:
@@ -69,6 +86,42 @@ def draw_sigma(levels: NoiseLevels, rng: np.random.Generator) -> torch.Tensor:
     return levels.sigma_min + (levels.sigma_max - levels.sigma_min) * density
 
 
+def draw_start(levels: NoiseLevels, rng: np.random.Generator) -> float:
+    """The level at which a restored sample's path starts, or infinity if the sample is not restored."""
+    if rng.random() >= levels.restoration_share:
+        return math.inf
+    low, high = levels.start_range()
+    return math.exp(rng.uniform(math.log(low), math.log(high)))
+
+
+def draw_part_ahead(rng: np.random.Generator) -> float:
+    """The part of its path that a restored sample has before it, above 0 and at most 1."""
+    return 1.0 if rng.random() < AT_START_SHARE else 1 - rng.random()
+
+
+def lead_from_degraded(inputs: StepInputs, degraded: torch.Tensor, starts: torch.Tensor) -> StepInputs:
+    """
+    Has paths start at the noisy latents of degraded pictures.
+
+    An enlargement starts there, at `(1 - start) * degraded + start * noise`, and follows the velocity straight to the
+    sharp latents. At a level `sigma` below, a part `sigma / start` of the difference between the two is left, which
+    is what flow matching with the noise `noise + (1 - sigma) / start * (degraded - sharp)` says. A start at infinity
+    leaves a sample as it is.
+
+    Args:
+        inputs ([`StepInputs`]): Of sharp latents.
+        degraded (`torch.Tensor` of shape `(batch, channels, rows, columns)`): Latents of the degraded pictures.
+        starts (`torch.Tensor` of shape `(batch,)`): Noise levels, not below those of `inputs`.
+    """
+    parts = ((1 - inputs.sigmas) / starts).view(-1, 1, 1, 1)
+    return inputs._replace(noise=inputs.noise + parts * (degraded - inputs.latents), starts=starts)
+
+
+def restoration_weights(starts: torch.Tensor) -> torch.Tensor:
+    """Of samples by the level where their paths start: `start^2 / (start^2 + DEGRADED_SQUARE)`, 1 at infinity."""
+    return 1 / (1 + DEGRADED_SQUARE / starts.square())
+
+
 @torch.no_grad()
 def encode_latents(
     pipe: FluxDinoTilePipeline, plan: TilePlan, sharp: torch.Tensor, rngs: Sequence[np.random.Generator]
@@ -86,13 +139,26 @@ def encode_pairs(
     return encode_latents(pipe, plan, sharp_bytes, rngs), features
 
 
-def denoising_losses(pipe: FluxDinoTilePipeline, inputs: StepInputs, dino: DinoTokens | None) -> torch.Tensor:
-    """Each sample's mean squared error `(batch,)` of the velocity `noise - latents`, in float32."""
+def noisy_latents(inputs: StepInputs) -> torch.Tensor:
     sigmas = inputs.sigmas.view(-1, 1, 1, 1)
-    noisy = (1 - sigmas) * inputs.latents + sigmas * inputs.noise
+    return (1 - sigmas) * inputs.latents + sigmas * inputs.noise
+
+
+def step_velocity(pipe: FluxDinoTilePipeline, inputs: StepInputs, dino: DinoTokens | None) -> torch.Tensor:
+    """What the transformer predicts `(batch, channels, rows, columns)`, in float32."""
     timesteps = inputs.sigmas * pipe.scheduler.config.num_train_timesteps
-    velocity = pipe.predict_velocity(noisy, timesteps, inputs.branch, inputs.guidance, dino)
-    return (velocity - (inputs.noise - inputs.latents)).square().mean((1, 2, 3))
+    return pipe.predict_velocity(noisy_latents(inputs), timesteps, inputs.branch, inputs.guidance, dino)
+
+
+def velocity_losses(inputs: StepInputs, velocity: torch.Tensor) -> torch.Tensor:
+    """Each sample's mean squared error `(batch,)` of the velocity `noise - latents`, weighted if it is restored."""
+    errors = (velocity - (inputs.noise - inputs.latents)).square().mean((1, 2, 3))
+    return errors if inputs.starts is None else restoration_weights(inputs.starts) * errors
+
+
+def denoising_losses(pipe: FluxDinoTilePipeline, inputs: StepInputs, dino: DinoTokens | None) -> torch.Tensor:
+    """The [`velocity_losses`] of what the transformer predicts."""
+    return velocity_losses(inputs, step_velocity(pipe, inputs, dino))
 
 
 def project_tokens(pipe: FluxDinoTilePipeline, plan: TilePlan, inputs: StepInputs) -> DinoTokens:
@@ -161,9 +227,23 @@ class InputMaker:
             num_tokens = features.shape[2] * features.shape[3]
             log_scale = torch.stack([draw_log_scale(num_tokens, self.dropout, rng) for rng in rngs]).to(device)
         guidance = self.guidance(len(rngs))
-        return StepInputs(
+        inputs = StepInputs(
             latents, noise.to(device), sigmas.to(device), features, self.branch(captions), guidance, log_scale
         )
+        return self.restore(inputs, batch["degraded"], rngs) if self.levels.restoration_share else inputs
+
+    def restore(self, inputs: StepInputs, degraded: torch.Tensor, rngs: Sequence[np.random.Generator]) -> StepInputs:
+        """Draws the samples that are restored, and has their paths start at the latents of their degraded pictures."""
+        device = self.pipe.device
+        starts = torch.tensor([draw_start(self.levels, rng) for rng in rngs])
+        parts = torch.tensor([draw_part_ahead(rng) for rng in rngs])
+        places = starts.isfinite().nonzero().flatten()
+        if len(places) == 0:
+            return inputs
+        sigmas, latents = inputs.sigmas.clone(), inputs.latents.clone()
+        sigmas[places] = (parts * starts)[places].to(device)
+        latents[places] = encode_latents(self.pipe, self.plan, degraded[places], [rngs[place] for place in places])
+        return lead_from_degraded(inputs._replace(sigmas=sigmas), latents, starts.to(device))
 
     def latents(self, sharp: torch.Tensor, rngs: Sequence[np.random.Generator]) -> torch.Tensor:
         cache = self.latent_cache

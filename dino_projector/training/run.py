@@ -171,7 +171,14 @@ def make_loader(args, accelerator: Accelerator, source, image_processor) -> Stat
 
 def make_input_maker(args, pipe: FluxDinoTilePipeline, embed_captions) -> InputMaker:
     dropout = Dropout(args.dino_dropout, args.token_dropout, args.strength_jitter, args.proportion_empty_prompts)
-    levels = NoiseLevels(args.sigma_min, args.sigma_max, args.weighting_scheme, args.logit_mean, args.logit_std)
+    levels = NoiseLevels(
+        args.sigma_min,
+        args.sigma_max,
+        args.weighting_scheme,
+        args.logit_mean,
+        args.logit_std,
+        args.restoration_share,
+    )
     plan = pipe.plan_tiles(args.resolution, args.resolution, args.resolution)
     options: dict = {}
     if args.cache_latents:
@@ -326,6 +333,7 @@ def describe_run(trainer: ProjectorTrainer, source, num_examples: int, args) -> 
             f"steps         {args.max_train_steps - trainer.step} to go, of {samples} samples"
             f" ({args.train_batch_size} x {args.gradient_accumulation_steps} accumulated x"
             f" {trainer.accelerator.num_processes} processes), sigma {args.sigma_min:g} to {args.sigma_max:g}",
+            f"paths         {args.restoration_share:.0%} from noisy degraded latents, as an enlargement starts",
             f"validation    every {args.validation_steps} steps on {num_examples}"
             f" {'held-out' if is_held_out else 'TRAINING'} pictures"
             + ("" if is_held_out else " (--validation_data_dir names others)"),

@@ -16,7 +16,7 @@
 Shows whether the tokens are used: losses on fixed crops and noise, and upscaled pictures.
 
 The loss with tokens must fall below the loss without, and below the loss with another picture's tokens: otherwise the
-projector has learned nothing, or nothing about the picture.
+projector has learned nothing, or nothing about the picture. With restored paths that is measured where these start.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,16 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from pipeline_flux_dino_tile import FluxDinoTilePipeline, PromptBranch, TilePlan
 
-from .flow_matching import StepInputs, denoising_losses, encode_pairs, standard_normal
+from ..pictures import to_bytes
+from .flow_matching import (
+    NoiseLevels,
+    StepInputs,
+    denoising_losses,
+    encode_latents,
+    encode_pairs,
+    lead_from_degraded,
+    standard_normal,
+)
 from .samples import Pair, Sampling, first_pairs, sample_rng
 from .trainer import ProjectorTrainer
 
@@ -45,6 +54,7 @@ class Example(NamedTuple):
     latents: torch.Tensor  # (1, channels, rows, columns)
     noise: torch.Tensor
     features: torch.Tensor  # (1, 1, grid rows, grid columns, dim)
+    degraded: torch.Tensor  # latents, as those of the sharp picture
 
 
 def make_examples(pipe: FluxDinoTilePipeline, plan: TilePlan, pairs: Sequence[Pair], seed: int) -> list[Example]:
@@ -54,13 +64,22 @@ def make_examples(pipe: FluxDinoTilePipeline, plan: TilePlan, pairs: Sequence[Pa
         rng = sample_rng(seed, number, 2)
         latents, features = encode_pairs(pipe, plan, [pair.sharp], [pair.degraded], [rng])
         noise = standard_normal(latents.shape, rng).to(latents.device)
-        examples.append(Example(pair, latents, noise, features))
+        degraded = encode_latents(pipe, plan, to_bytes(pair.degraded)[None], [rng])
+        examples.append(Example(pair, latents, noise, features, degraded))
     return examples
 
 
 def bin_centers(sigma_min: float, sigma_max: float, count: int) -> list[float]:
     """The middles of `count` equal noise ranges."""
     return [sigma_min + (sigma_max - sigma_min) * (index + 0.5) / count for index in range(count)]
+
+
+def validation_sigmas(levels: NoiseLevels) -> list[float]:
+    """The middles of equal ranges of what samples draw: of noise levels, or of the logarithms of starts."""
+    if not levels.restoration_share:
+        return bin_centers(levels.sigma_min, levels.sigma_max, NUM_SIGMAS)
+    low, high = np.log(levels.start_range())
+    return np.exp(bin_centers(low, high, NUM_SIGMAS)).tolist()
 
 
 @torch.no_grad()
@@ -71,8 +90,12 @@ def example_losses(
     branch: PromptBranch,
     guidance: torch.Tensor | None,
     sigmas: Sequence[float],
+    is_restored: bool = False,
 ) -> dict[str, np.ndarray]:
-    """For each of `CONDITIONS` the losses `(len(sigmas), len(examples))`. Other tokens are the next example's."""
+    """
+    For each of `CONDITIONS` the losses `(len(sigmas), len(examples))`, on request at the starts of restored paths.
+    Other tokens are the next example's.
+    """
     losses = {name: np.empty((len(sigmas), len(examples))) for name in CONDITIONS}
     for row, sigma in enumerate(sigmas):
         for index, example in enumerate(examples):
@@ -80,6 +103,8 @@ def example_losses(
             conditions = {"with_tokens": example.features, "without_tokens": None, "other_tokens": other.features}
             sigma_of_sample = torch.tensor([sigma], device=example.latents.device)
             inputs = StepInputs(example.latents, example.noise, sigma_of_sample, example.features, branch, guidance)
+            if is_restored:
+                inputs = lead_from_degraded(inputs, example.degraded, sigma_of_sample)
             for name, features in conditions.items():
                 dino = None if features is None else pipe.prepare_dino_tokens(features, plan, 1.0)
                 losses[name][row, index] = float(denoising_losses(pipe, inputs, dino))
@@ -102,9 +127,13 @@ def summarize(losses: dict[str, list[float]], sigmas: Sequence[float]) -> dict[s
     return values
 
 
-def format_losses(losses: dict[str, list[float]], sigmas: Sequence[float]) -> str:
+def format_losses(losses: dict[str, list[float]], sigmas: Sequence[float], is_restored: bool) -> str:
     """A table with a row for each condition."""
-    header = "validation loss at sigma" + "".join(f"{sigma:>9.3f}" for sigma in sigmas) + "     mean"
+    header = (
+        f"validation loss at {'start' if is_restored else 'sigma'}"
+        + "".join(f"{sigma:>9.3f}" for sigma in sigmas)
+        + "     mean"
+    )
     rows = [
         f"{name.replace('_', ' '):>24}" + "".join(f"{v:>9.5f}" for v in [*losses[name], np.mean(losses[name])])
         for name in CONDITIONS
@@ -158,7 +187,8 @@ class Validator:
         self.examples = make_examples(self.pipe, self.plan, pairs, args.seed)
         self.branch = trainer.make_inputs.branch([""])
         self.guidance = trainer.make_inputs.guidance(1)
-        self.sigmas = bin_centers(args.sigma_min, args.sigma_max, NUM_SIGMAS)
+        levels = trainer.make_inputs.levels
+        self.sigmas, self.is_restored = validation_sigmas(levels), levels.restoration_share > 0
         default_sigma = self.pipe.get_default_settings()[2]
         self.start_sigma = min(default_sigma, args.sigma_max)
 
@@ -166,9 +196,10 @@ class Validator:
         """Prints and logs losses and pictures of the averaged weights; returns the losses."""
         step, trackers = self.trainer.step, self.trainer.accelerator.trackers
         with self.trainer.ema_weights():
-            losses = validation_losses(self.pipe, self.plan, self.examples, self.branch, self.guidance, self.sigmas)
+            what = (self.examples, self.branch, self.guidance, self.sigmas, self.is_restored)
+            losses = validation_losses(self.pipe, self.plan, *what)
             strips = upscale_examples(self.pipe, self.plan, self.examples, self.start_sigma, self.args.seed)
-        tqdm.write(f"step {step}\n{format_losses(losses, self.sigmas)}")
+        tqdm.write(f"step {step}\n{format_losses(losses, self.sigmas, self.is_restored)}")
         save_strips(strips, Path(self.args.output_dir) / "validation" / f"step-{step:06d}.png")
         log_strips(trackers, strips, step)
         values = summarize(losses, self.sigmas)
