@@ -69,7 +69,7 @@ def build_parser() -> Parser:
         "--gradient_checkpointing",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="compute FLUX's blocks twice to save memory (default: yes)",
+        help="compute FLUX's blocks, and the VAE's in the pixel loss, twice to save memory (default: yes)",
     )
     add("--compile", action="store_true", help="compile FLUX's blocks: minutes at first, faster after")
 
@@ -163,6 +163,14 @@ def build_parser() -> Parser:
         " --sigma_min to --sigma_max (default: 0)",
     )
     add(
+        "--pixel_loss_weight",
+        type=number(float, 0),
+        default=0.0,
+        metavar="X",
+        help="weight of the loss of these samples' pictures, denoised in one step and decoded: L1 of pixels, edges and"
+        " local edge energy (default: 0)",
+    )
+    add(
         "--guidance_scale",
         type=number(float, 0, 1000),
         default=1.0,
@@ -223,6 +231,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     for low, high in (("sigma_min", "sigma_max"), ("lr_warmup_steps", "max_train_steps")):
         if getattr(args, low) >= getattr(args, high):
             raise UsageError(f"--{low} {getattr(args, low):g} must be below --{high} {getattr(args, high):g}")
+    if args.pixel_loss_weight and not args.restoration_share:
+        raise UsageError(f"--pixel_loss_weight {args.pixel_loss_weight:g} needs a --restoration_share above 0")
     if args.scale_factor[0] > args.scale_factor[1]:
         raise UsageError(f"argument --scale_factor: {args.scale_factor[0]:g} is above {args.scale_factor[1]:g}")
     if os.path.exists(args.output_dir) and not os.path.isdir(args.output_dir):

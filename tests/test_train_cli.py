@@ -33,6 +33,7 @@ from tiny_models import POOLED_DIM, ROOT, tiny_pipeline
 
 SCRIPT = str(ROOT / "scripts" / "train_projector.py")
 EVERYTHING = ("--token_dropout", 0.5, "--degradation", "mild", "bicubic", "--random_flip")
+RESTORED = ("--restoration_share", 0.5, "--pixel_loss_weight", 0.5)
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +82,8 @@ def usage_error(capsys, *argv):
             ["--restoration_share", 0.5, "--sigma_min", 0, "--sigma_max", 0.02],
             "--sigma_max 0.02 must be above 0.02 with --restoration_share",
         ),
+        (["--pixel_loss_weight", -1], "argument --pixel_loss_weight: must be a number of at least 0, not '-1'"),
+        (["--pixel_loss_weight", 0.5], "--pixel_loss_weight 0.5 needs a --restoration_share above 0"),
         (["--lr_warmup_steps", 4], "--lr_warmup_steps 4 must be below --max_train_steps 4"),
         (["--scale_factor", 4, 2], "argument --scale_factor: 4 is above 2"),
         (["--degradation", "bad"], "argument --degradation: invalid choice: 'bad'"),
@@ -251,7 +254,7 @@ def test_text_encoders_stay_for_the_captions_of_a_stream_only(model, photos, tmp
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resuming_equals_not_having_stopped_bit_for_bit(model, photos, tmp_path, workers):
     options = (*EVERYTHING, "--dataloader_num_workers", workers, "--gradient_accumulation_steps", 2)
-    options += ("--restoration_share", 0.5)
+    options += RESTORED
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(model, photos, whole, "--max_train_steps", 7, *options)
     run(model, photos, parts, "--max_train_steps", 7, "--checkpointing_steps", 3, *options)
@@ -463,7 +466,7 @@ def test_signals_save_and_leave_so_that_the_run_can_go_on(model, photos, tmp_pat
 
 def test_two_processes_train_as_one_with_their_batches_together(model, photos, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    options = ("--max_train_steps", 3, "--learning_rate", 0.01, "--dino_dropout", 0.5)
+    options = ("--max_train_steps", 3, "--learning_rate", 0.01, "--dino_dropout", 0.5, *RESTORED)
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     process = start_script(model, photos, two, "--train_batch_size", 1, *options, launcher=launcher)
     output, _ = process.communicate(timeout=240)

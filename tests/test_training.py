@@ -59,7 +59,9 @@ from pipeline_flux_dino_tile import FluxDinoTilePipeline
 from tiny_models import JOINT_ATTENTION_DIM, tiny_pipeline
 
 
+RESTORED = ("--restoration_share", 0.5, "--pixel_loss_weight", 0.7)
 EVERYTHING = ("--dino_dropout", 0.3, "--token_dropout", 0.5, "--strength_jitter", 0.5, "--train_batch_size", 6)
+EVERYTHING += RESTORED
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["schnell", "dev"])
@@ -88,8 +90,7 @@ def photos(tmp_path_factory):
 
 def test_step_with_everything_on_is_the_pipelines_forward(model, photos, tmp_path):
     """Each sample alone through the pipeline, its dropped tokens left out instead of masked, its loss written out."""
-    more = ("--guidance_scale", 1.5, "--random_flip", "--restoration_share", 0.5)
-    trainer, loader, _ = start(model, photos, tmp_path, *EVERYTHING, *more)
+    trainer, loader, _ = start(model, photos, tmp_path, *EVERYTHING, "--guidance_scale", 1.5, "--random_flip")
     batch = next(iter(loader))
     inputs = trainer.make_inputs(batch)
     assert inputs.log_scale is not None and len({float(row.max()) for row in inputs.log_scale}) > 2
@@ -182,6 +183,68 @@ def test_the_path_of_a_restored_sample_leads_from_the_degraded_latents_to_the_sh
     assert torch.equal(led.noise[2], noise[2])
 
 
+def written_out_loss(decoded, sharp):
+    """L1 of pixels, of their steps down and to the right, and of these steps' root mean square in windows of 8 px."""
+    pairs = [(decoded, sharp)]
+    for axis in (2, 3):
+        steps = [item.diff(dim=axis)[:, :, :63, :63] for item in (decoded, sharp)]
+        squares = [item.square().unfold(2, 8, 4).unfold(3, 8, 4).mean((-2, -1)) for item in steps]
+        pairs += [steps, [(item + 1e-6).sqrt() for item in squares]]
+    means = [(a - b).abs().mean() for a, b in pairs]
+    # Both directions have as many edges, which are averaged over.
+    return means[0] + (means[1] + means[3]) / 2 + (means[2] + means[4]) / 2
+
+
+@pytest.mark.parametrize("has_residual", [False, True])
+def test_pixel_loss_is_that_of_the_pictures_after_one_step(schnell, photos, tmp_path, has_residual):
+    off = ("--dino_dropout", 0, "--token_dropout", 0, "--strength_jitter", 0, "--train_batch_size", 5)
+    trainer, loader, _ = start(schnell, photos, tmp_path, *off, *RESTORED)
+    pipe, batch = trainer.pipe, next(iter(loader))
+    pipe.register_to_config(default_vae_residual=has_residual)
+    inputs = trainer.make_inputs(batch)
+    starts = inputs.starts.tolist()
+    assert 0 < sum(map(math.isfinite, starts)) < 5
+    config, total = pipe.vae.config, 0.0
+
+    def decode(latents):
+        return pipe.vae.decode(latents / config.scaling_factor + config.shift_factor).sample
+
+    with torch.no_grad():
+        dino = project_tokens(pipe, trainer.make_inputs.plan, inputs)
+        for index, path_start in enumerate(starts):
+            sigma, latents, noise = (item[index : index + 1] for item in (inputs.sigmas, inputs.latents, inputs.noise))
+            noisy = torch.lerp(latents, noise, float(sigma))
+            branch = trainer.make_inputs.branch([""])
+            tokens = dino._replace(tokens=dino.tokens[:, index : index + 1])
+            velocity = pipe.predict_velocity(noisy, 1000 * sigma, branch, None, tokens)
+            error = float(F.mse_loss(velocity, noise - latents))
+            if math.isinf(path_start):
+                total += error / 5
+                continue
+            total += path_start**2 / (path_start**2 + 0.03) * error / 5
+            sharp, degraded = (batch[name][index : index + 1].float() / 127.5 - 1 for name in ("sharp", "degraded"))
+            decoded = decode(noisy - sigma * velocity)
+            if has_residual:
+                mean = pipe.vae.encode(degraded).latent_dist.mean
+                decoded += degraded - pipe.vae.decode(mean).sample
+            total += 0.7 * float(written_out_loss(decoded, sharp)) / 5
+    assert float(trainer.backward(batch, 1.0)) == pytest.approx(total, rel=1e-4)
+
+
+def test_the_gradient_of_a_restored_batch_is_the_slope_of_its_loss(schnell, photos, tmp_path):
+    more = ("--dino_dropout", 0, "--restoration_share", 1, "--pixel_loss_weight", 10)
+    trainer, loader, _ = start(schnell, photos, tmp_path, *more)
+    batch, gain = next(iter(loader)), trainer.projector.gain
+    trainer.backward(batch, 1.0)
+    direction, before, losses = gain.grad.clone(), gain.detach().clone(), []
+    step = 0.05 * before.norm() / direction.norm()
+    for sign in (-1, 1):
+        gain.data.copy_(before + sign * step * direction)
+        losses.append(float(trainer.backward(batch, 1.0)))
+    slope = (losses[1] - losses[0]) / (2 * float(step))
+    assert slope == pytest.approx(float(direction.square().sum()), rel=0.02)
+
+
 @pytest.mark.parametrize("checkpointing", ["--gradient_checkpointing", "--no-gradient_checkpointing"])
 def test_gradient_reaches_the_projector_and_nothing_else(model, photos, tmp_path, checkpointing):
     trainer, loader, _ = start(model, photos, tmp_path, *EVERYTHING, checkpointing)
@@ -239,7 +302,7 @@ def test_a_wholly_dropped_batch_has_zero_gradients(schnell, photos, tmp_path):
 
 def test_accumulated_batches_are_one_large_batch(schnell, photos, tmp_path):
     def trained(*options):
-        trainer, loader, args = start(schnell, photos, tmp_path, *options)
+        trainer, loader, args = start(schnell, photos, tmp_path, *RESTORED, *options)
         values = trainer.train_step(list(islice(iter(loader), args.gradient_accumulation_steps)))
         return values, list(trainer.projector.parameters())
 
@@ -634,24 +697,31 @@ def test_pictures_reach_each_tracker_in_its_layout():
 # ---- The whole -----------------------------------------------------------------------------------------------------
 
 
-def test_overfits_so_that_its_own_tokens_help_and_anothers_less(photos, tmp_path):
-    """
-    An overfit test: six photos, always the same crops, validated on the very same. It shows that the loop can put what
-    DINO sees into the tokens and that FLUX uses it, not that anything is learned that holds for other pictures.
-    """
+def overfit(photos, tmp_path, *more):
+    """Six photos, always the same crops, validated on the very same before and after; and the validator."""
     model = tmp_path / "model"
     save_model(model, is_sensitive=True)
     fixed = ("--cache_latents", "--degradation", "bicubic", "--scale_factor", 2, 2, "--no-gradient_checkpointing")
     steady = ("--dino_dropout", 0, "--token_dropout", 0, "--strength_jitter", 0, "--ema_decay", 0.9)
     size = ("--train_batch_size", 6, "--num_validation_images", 6, "--hidden_dim", 64, "--position_mode", "tile")
-    length = ("--max_train_steps", 200, "--learning_rate", 0.01, "--seed", 1)
-    args = train_projector.parse_arguments(arguments(model, photos, tmp_path, *fixed, *steady, *size, *length))
+    options = ("--learning_rate", 0.01, "--seed", 1, *more)
+    args = train_projector.parse_arguments(arguments(model, photos, tmp_path, *fixed, *steady, *size, *options))
     train_projector.fill_in_defaults(args)
     trainer, loader = run.start_run(args, Accelerator(cpu=True))
     validator = Validator(trainer, loader.dataset.source, args)
     before = validator.validate()
     is_finished, after = run.run_steps(trainer, loader, validator, StopSignal(), args)
     assert is_finished
+    return before, after, validator
+
+
+def test_overfits_so_that_its_own_tokens_help_and_anothers_less(photos, tmp_path):
+    """
+    It shows that the loop can put what DINO sees into the tokens and that FLUX uses it, not that anything is learned
+    that holds for other pictures.
+    """
+    before, after, validator = overfit(photos, tmp_path, "--max_train_steps", 200)
+    trainer = validator.trainer
     assert after["validation/with_tokens"] < 0.95 * before["validation/with_tokens"]
     assert after["validation/gap_without_tokens_percent"] > 5
     assert after["validation/gap_other_tokens_percent"] > 2
@@ -676,6 +746,14 @@ def test_overfits_so_that_its_own_tokens_help_and_anothers_less(photos, tmp_path
         ).mean(2)
     own = np.eye(len(losses), dtype=bool)
     assert losses[own].mean() < 0.98 * losses[~own].mean()
+
+
+def test_overfits_restored_paths_so_that_its_own_tokens_help_there(photos, tmp_path):
+    more = ("--max_train_steps", 60, "--restoration_share", 1, "--pixel_loss_weight", 1, "--sigma_min", 0.1)
+    before, after, _ = overfit(photos, tmp_path, *more)
+    assert after["validation/with_tokens"] < 0.97 * before["validation/with_tokens"]
+    for gap in ("validation/gap_without_tokens_percent", "validation/gap_other_tokens_percent"):
+        assert before[gap] < 1 and after[gap] > 2.5
 
 
 def test_result_is_what_the_pipeline_loads(schnell, photos, tmp_path):

@@ -33,6 +33,7 @@ from pipeline_flux_dino_tile import DinoTokens, FluxDinoTilePipeline, PromptBran
 from ..pictures import to_bytes
 from .cache import TensorCache, cache_key
 from .dropout import Dropout, draw_caption, draw_log_scale
+from .losses import reconstruction_loss
 from .samples import sample_rng
 
 
@@ -56,6 +57,14 @@ class NoiseLevels(NamedTuple):
         return max(self.sigma_min, LEAST_START), self.sigma_max
 
 
+class RestoredPixels(NamedTuple):
+    """What the decoded estimates of the restored samples are compared with, in [-1, 1]."""
+
+    places: torch.Tensor  # (restored,) in the batch
+    sharp: torch.Tensor  # (restored, 3, height, width)
+    residual: torch.Tensor | float  # what the VAE loses of the degraded pictures; 0 if a call does not give it back
+
+
 class StepInputs(NamedTuple):
     """What a batch is trained on; everything but the tokens, which need a gradient."""
 
@@ -67,6 +76,7 @@ class StepInputs(NamedTuple):
     guidance: torch.Tensor | None  # (batch,)
     log_scale: torch.Tensor | None = None  # (batch, num_tokens); None is plain attention
     starts: torch.Tensor | None = None  # (batch,) levels where restored paths start, infinity for other samples
+    pixels: RestoredPixels | None = None
 
 
 def torch_generator(rng: np.random.Generator) -> torch.Generator:
@@ -156,6 +166,16 @@ def velocity_losses(inputs: StepInputs, velocity: torch.Tensor) -> torch.Tensor:
     return errors if inputs.starts is None else restoration_weights(inputs.starts) * errors
 
 
+def pixel_loss(pipe: FluxDinoTilePipeline, plan: TilePlan, inputs: StepInputs, velocity: torch.Tensor) -> torch.Tensor:
+    """The batch's mean [`reconstruction_loss`] of one step to the end, decoded as by a call; 0 for other samples."""
+    if inputs.pixels is None:
+        return torch.zeros((), device=velocity.device)
+    places, sharp, residual = inputs.pixels
+    estimates = noisy_latents(inputs) - inputs.sigmas.view(-1, 1, 1, 1) * velocity
+    decoded = pipe.decode_tile(estimates[places], plan[0]) + residual
+    return len(places) / len(velocity) * reconstruction_loss(decoded, sharp)
+
+
 def denoising_losses(pipe: FluxDinoTilePipeline, inputs: StepInputs, dino: DinoTokens | None) -> torch.Tensor:
     """The [`velocity_losses`] of what the transformer predicts."""
     return velocity_losses(inputs, step_velocity(pipe, inputs, dino))
@@ -183,6 +203,7 @@ class InputMaker:
         levels, dropout: What a sample's noise level and drop-out are drawn from.
         guidance_scale (`float`): For a transformer with guidance embeddings.
         seed (`int`): Of the run.
+        keeps_pixels (`bool`): Whether a [`pixel_loss`] follows.
         latent_cache ([`TensorCache`], *optional*): Keeps the latents of sharp pictures.
         vae_fingerprint (`str`): Part of the latents' key.
     """
@@ -196,11 +217,13 @@ class InputMaker:
         dropout: Dropout,
         guidance_scale: float,
         seed: int,
+        keeps_pixels: bool = False,
         latent_cache: TensorCache | None = None,
         vae_fingerprint: str = "",
     ):
         self.pipe, self.plan, self.embed_captions = pipe, plan, embed_captions
         self.levels, self.dropout, self.guidance_scale, self.seed = levels, dropout, guidance_scale, seed
+        self.keeps_pixels = keeps_pixels
         self.latent_cache, self.vae_fingerprint = latent_cache, vae_fingerprint
 
     def branch(self, captions: Sequence[str]) -> PromptBranch:
@@ -230,9 +253,9 @@ class InputMaker:
         inputs = StepInputs(
             latents, noise.to(device), sigmas.to(device), features, self.branch(captions), guidance, log_scale
         )
-        return self.restore(inputs, batch["degraded"], rngs) if self.levels.restoration_share else inputs
+        return self.restore(inputs, batch, rngs) if self.levels.restoration_share else inputs
 
-    def restore(self, inputs: StepInputs, degraded: torch.Tensor, rngs: Sequence[np.random.Generator]) -> StepInputs:
+    def restore(self, inputs: StepInputs, batch: dict, rngs: Sequence[np.random.Generator]) -> StepInputs:
         """Draws the samples that are restored, and has their paths start at the latents of their degraded pictures."""
         device = self.pipe.device
         starts = torch.tensor([draw_start(self.levels, rng) for rng in rngs])
@@ -240,10 +263,21 @@ class InputMaker:
         places = starts.isfinite().nonzero().flatten()
         if len(places) == 0:
             return inputs
-        sigmas, latents = inputs.sigmas.clone(), inputs.latents.clone()
+        posterior = self.pipe.encode_tiles(batch["degraded"][places], self.plan)
+        sigmas, degraded = inputs.sigmas.clone(), inputs.latents.clone()
         sigmas[places] = (parts * starts)[places].to(device)
-        latents[places] = encode_latents(self.pipe, self.plan, degraded[places], [rngs[place] for place in places])
-        return lead_from_degraded(inputs._replace(sigmas=sigmas), latents, starts.to(device))
+        degraded[places] = self.pipe.sample_latents(posterior, [torch_generator(rngs[place]) for place in places])
+        inputs = lead_from_degraded(inputs._replace(sigmas=sigmas), degraded, starts.to(device))
+        return inputs._replace(pixels=self.pixels(batch, places, posterior)) if self.keeps_pixels else inputs
+
+    def pixels(self, batch: dict, places: torch.Tensor, posterior: torch.Tensor) -> RestoredPixels:
+        """Of the restored samples, the posterior of whose degraded pictures is given."""
+        tile = self.plan[0]
+        residual: torch.Tensor | float = 0.0
+        if self.pipe.config.default_vae_residual:
+            latents = self.pipe.sample_latents(posterior, sample_mode="argmax")
+            residual = self.pipe.get_vae_residual(batch["degraded"][places], latents, tile)
+        return RestoredPixels(places, self.pipe.crop_pixels(batch["sharp"][places], tile), residual)
 
     def latents(self, sharp: torch.Tensor, rngs: Sequence[np.random.Generator]) -> torch.Tensor:
         cache = self.latent_cache

@@ -180,9 +180,9 @@ def make_input_maker(args, pipe: FluxDinoTilePipeline, embed_captions) -> InputM
         args.restoration_share,
     )
     plan = pipe.plan_tiles(args.resolution, args.resolution, args.resolution)
-    options: dict = {}
+    options: dict = {"keeps_pixels": args.pixel_loss_weight > 0}
     if args.cache_latents:
-        options = {
+        options |= {
             "latent_cache": TensorCache(Path(args.precomputed_dir) / "latents"),
             "vae_fingerprint": cache_key(
                 model_fingerprint(pipe.vae), pipe.vae.config.scaling_factor, pipe.vae.config.shift_factor

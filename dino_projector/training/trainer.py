@@ -27,7 +27,7 @@ from diffusers.training_utils import EMAModel
 
 from pipeline_flux_dino_tile import FluxDinoTilePipeline
 
-from .flow_matching import InputMaker, denoising_losses, project_tokens
+from .flow_matching import InputMaker, pixel_loss, project_tokens, step_velocity, velocity_losses
 
 
 class TrainingError(Exception):
@@ -44,7 +44,7 @@ class ProjectorTrainer:
 
     def __init__(self, pipe: FluxDinoTilePipeline, make_inputs: InputMaker, accelerator: Accelerator, args):
         self.pipe, self.make_inputs, self.accelerator = pipe, make_inputs, accelerator
-        self.max_grad_norm = args.max_grad_norm
+        self.max_grad_norm, self.pixel_loss_weight = args.max_grad_norm, args.pixel_loss_weight
         self.projector = pipe.dino_projector
         self.optimizer = torch.optim.AdamW(
             self.projector.parameters(),
@@ -66,15 +66,19 @@ class ProjectorTrainer:
         self.ema = EMAModel(self.projector.parameters(), decay=args.ema_decay)
         self.step = 0
         prepare_transformer(pipe, args.gradient_checkpointing, args.compile)
+        if args.gradient_checkpointing and args.pixel_loss_weight:
+            pipe.vae.enable_gradient_checkpointing()
 
     def backward(self, batch: dict, share: float) -> torch.Tensor:
         """Adds the gradient of `share` times a batch's mean loss; returns the loss."""
-        inputs = self.make_inputs(batch)
+        inputs, plan = self.make_inputs(batch), self.make_inputs.plan
         with self.accelerator.autocast():
-            dino = project_tokens(self.pipe, self.make_inputs.plan, inputs)
+            dino = project_tokens(self.pipe, plan, inputs)
         # Around the backward pass too, which computes the blocks again.
         with self.pipe.dino_attention(dino):
-            loss = denoising_losses(self.pipe, inputs, dino).mean()
+            velocity = step_velocity(self.pipe, inputs, dino)
+            pixels = pixel_loss(self.pipe, plan, inputs, velocity)
+            loss = velocity_losses(inputs, velocity).mean() + self.pixel_loss_weight * pixels
             (share * loss).backward()
         return loss.detach()
 
