@@ -23,8 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from diffusers.utils import load_image
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from flux_dino_tile.jobs import OTHER_SUFFIXES, describe_left_out, register_heif
 
@@ -84,7 +83,9 @@ def read_picture(record: Record) -> Image.Image:
     with picture:
         if picture.mode.startswith(("I", "F")):
             raise OSError("has 16 or 32 bits per channel")
-        return load_image(picture)
+        # Copies of whole photos would take a fifth of the loader's time.
+        ImageOps.exif_transpose(picture, in_place=True)
+        return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def report_skipped(record: Record, error: Exception) -> None:
