@@ -11,6 +11,7 @@ import pytest
 import torch
 import webdataset
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import load_image
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -350,7 +351,9 @@ def test_pictures_are_turned_upright_and_deep_ones_refused(tmp_path):
     exif = Image.Exif()
     exif[274] = 6
     photo(120, 100).save(tmp_path / "turned.jpg", exif=exif)
-    assert read_picture(Record("", tmp_path / "turned.jpg", "")).size == (100, 120)
+    turned = read_picture(Record("", tmp_path / "turned.jpg", ""))
+    assert turned.size == (100, 120)
+    np.testing.assert_array_equal(turned, load_image(str(tmp_path / "turned.jpg")))
     Image.fromarray(np.full((70, 70), 40000, np.uint16)).save(tmp_path / "deep.png")
     with pytest.raises(OSError, match="16 or 32 bits"):
         read_picture(Record("", tmp_path / "deep.png", ""))

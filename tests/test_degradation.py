@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFilter
@@ -140,6 +141,15 @@ def test_sinc_passes_low_and_stops_high_frequencies():
     assert kernel.max() == kernel[10, 10]
     assert passed(math.pi / 4) == pytest.approx(1, abs=0.1)
     assert passed(0.8 * math.pi) < 0.1
+
+
+@pytest.mark.parametrize("size", [(1, 3), (37, 108), (64, 64)])
+@pytest.mark.parametrize("blur", [Blur("anisotropic gaussian", 21, (3.0, 0.5), 0.7), Blur("sinc", 7, cutoff=1.0)])
+def test_a_blur_is_the_convolution_with_its_kernel(size, blur):
+    image = torch.rand(3, *size, generator=torch.Generator().manual_seed(0))
+    padded = F.pad(image[:, None], [blur.size // 2] * 4, mode="replicate")
+    wanted = F.conv2d(padded, blur_kernel(blur)[None, None])[:, 0].clamp(0, 1)
+    torch.testing.assert_close(apply_blur(image, blur), wanted, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("is_grey", [False, True])
