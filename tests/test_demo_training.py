@@ -29,23 +29,26 @@ from training_runs import save_photos
 from worker_runs import exit_codes, make_context, outputs, start_ranks
 
 from dino_projector import metrics
-from dino_projector.demo_training import stages
+from dino_projector.demo_training import paint, stages
 from dino_projector.demo_training.assemble import CHECKPOINT_FOLDER, assemble, check_sizes
 from dino_projector.demo_training.captions import Language, describe_squares, place_codes
 from dino_projector.demo_training.crops import (
     center_crop,
-    cut_crop,
+    cut_crops,
     degrade_crops,
     draw_crops,
+    draw_pairs,
     load_photos,
     make_pyramid,
 )
 from dino_projector.demo_training.dino import DinoStage, balance, linear_r2
 from dino_projector.demo_training.evaluate import evaluate, format_table
 from dino_projector.demo_training.flux import FluxStage, draw_sigmas
+from dino_projector.demo_training.paint import PaintStage
 from dino_projector.demo_training.sizes import SIZES, count_weights, make_dino, make_transformer, make_vae
 from dino_projector.demo_training.stages import load_shards, run_stage, update_average
 from dino_projector.demo_training.vae import DecoderStage, VaeStage
+from dino_projector.pictures import to_pixels
 from dino_projector.training.losses import local_edge_energy, reconstruction_loss
 from dino_projector.training.samples import sample_rng
 from flux_dino_tile.diagnostics import seam_ratio
@@ -55,23 +58,25 @@ from pipeline_flux_dino_tile import DinoProjector, FluxDinoTilePipeline
 
 CPU = torch.device("cpu")
 TINY = SIZES["tiny"]._replace(batch=2)
-STAGES = {stage.name: stage for stage in (VaeStage, DinoStage, FluxStage, DecoderStage)}
+NEEDED = {"flux": ("vae",), "decoder": ("vae",), "paint": ("vae", "flux")}
+STAGES = {stage.name: stage for stage in (VaeStage, DinoStage, FluxStage, PaintStage, DecoderStage)}
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """A folder with four photos in `train` and two in `held_out`."""
+    """A folder with four photos in `train`, and two both in `validation` and in `held_out`."""
     root = tmp_path_factory.mktemp("photos")
     save_photos(root / "train", 128)
     (root / "held_out").mkdir()
     for name in ("coffee", "dogs"):
         (root / "train" / f"{name}.png").rename(root / "held_out" / f"{name}.png")
+    shutil.copytree(root / "held_out", root / "validation")
     return root
 
 
 @pytest.fixture(scope="module")
 def loaded(photos):
-    return [load_photos(photos / part, CPU) for part in ("train", "held_out")]
+    return [load_photos(photos / part, CPU) for part in ("train", "validation")]
 
 
 def command(photos: Path, work: Path, stage: str, *more: object) -> list[str]:
@@ -83,7 +88,7 @@ def command(photos: Path, work: Path, stage: str, *more: object) -> list[str]:
 def work(photos, tmp_path_factory):
     """The folder in which every training stage has made two steps, through the command line."""
     folder = tmp_path_factory.mktemp("work")
-    for stage in ("vae", "dino", "flux", "decoder", "projector", "assemble"):
+    for stage in ("vae", "dino", "decoder", "flux", "paint", "projector", "assemble"):
         assert train_demo.main(command(photos, folder, stage, "--steps", 2)) == 0
     return folder
 
@@ -99,9 +104,11 @@ def train_to(name, steps, loaded, folder, seed=0):
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_that_goes_on_equals_one_that_was_not_stopped(name, loaded, work, tmp_path, monkeypatch):
     monkeypatch.setattr(VaeStage, "adversary_steps", 1)
+    monkeypatch.setattr(paint, "ADVERSARY_STEPS", 1)
     for folder in ("whole", "parts"):
         (tmp_path / folder).mkdir()
-        (tmp_path / folder / "vae").symlink_to(work / "vae") if name in ("flux", "decoder") else None
+        for earlier in NEEDED.get(name, ()):
+            (tmp_path / folder / earlier).symlink_to(work / earlier)
     whole, _ = train_to(name, 3, loaded, tmp_path / "whole")
     train_to(name, 1, loaded, tmp_path / "parts")
     parts, numbers = train_to(name, 3, loaded, tmp_path / "parts")
@@ -166,7 +173,8 @@ def test_another_seed_is_refused(loaded, work):
 
 @pytest.mark.parametrize("name", STAGES)
 def test_a_model_that_travelled_without_its_state_goes_on(name, loaded, work, tmp_path, capsys):
-    shutil.copytree(work / "vae", tmp_path / "vae")
+    for earlier in ("vae", *NEEDED.get(name, ())):
+        shutil.copytree(work / earlier, tmp_path / earlier, dirs_exist_ok=True)
     if name != "vae":
         shutil.copytree(work / name / stages.MODEL_FOLDER, tmp_path / name / stages.MODEL_FOLDER)
     else:
@@ -257,15 +265,16 @@ def test_a_crop_of_a_pyramid_is_that_of_the_photo():
     pyramid = make_pyramid(ramp, 16)
     assert [tuple(level.shape[1:]) for level in pyramid] == [(128, 256), (64, 128), (32, 64), (16, 32)]
     for step in range(8):
-        from_pyramid, from_photo = (cut_crop(levels, 16, sample_rng(0, step)) for levels in (pyramid, [ramp]))
+        from_pyramid, from_photo = (cut_crops(levels, 2, 16, sample_rng(0, step)) for levels in (pyramid, [ramp]))
         # A level is drawn from at its own pixels: the places differ by at most one of the smallest level's.
         assert (from_pyramid.diff(dim=3).mean() - from_photo.diff(dim=3).mean()).abs() < 0.004
 
 
 def test_restored_crops_lie_below_their_start():
     sigmas, starts = draw_sigmas(200, 100, sample_rng(0, 0))
-    assert (sigmas <= starts).all() and sigmas.min() >= 0.02
-    assert starts.min() >= 0.05 and starts[:100].max() <= 0.6
+    assert (sigmas <= starts).all() and sigmas.min() > 0
+    assert starts[:100].min() >= 0.03 and starts[:100].max() <= 0.5
+    assert 30 < (sigmas[:100] == starts[:100]).sum() < 70
     assert starts[100:].isinf().all() and sigmas[100:].max() > 0.9
 
 
@@ -308,11 +317,82 @@ def test_a_linear_readout_finds_what_is_linear():
     assert linear_r2(features[:200], noise[:200], features[200:], noise[200:]) == pytest.approx(0, abs=0.1)
 
 
-def test_degraded_crops_keep_size_and_brightness():
-    images = torch.full((2, 3, 32, 32), 0.25)
-    degraded = degrade_crops(images, sample_rng(0, 0))
-    assert degraded.shape == images.shape
-    assert float(degraded.mean()) == pytest.approx(0.25, abs=0.02)
+def test_crops_are_degraded_as_the_pipeline_enlarges_them(loaded):
+    """Most often exactly as Pillow shrinks and the pipeline enlarges; else with more harm, never in size or colour."""
+    photos = [make_pyramid(photo, 64) for photo in loaded[0]]
+    errors = []
+    for step in range(20):
+        images = draw_crops(photos, 2, 64, sample_rng(1, step))
+        pixels = ((images[0] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+        small = Image.fromarray(pixels).resize((16, 16), Image.Resampling.BICUBIC)
+        expected = to_pixels(small.resize((64, 64), Image.Resampling.LANCZOS))
+        degraded = degrade_crops(images, sample_rng(0, step))
+        assert degraded.shape == images.shape and degraded.abs().max() <= 1
+        torch.testing.assert_close(degraded.mean((2, 3)), images.mean((2, 3)), rtol=0, atol=0.06)
+        errors.append(float((degraded[:1] - expected).abs().mean()) * 127.5)
+    # Pillow rounds between its two passes too.
+    assert 8 <= sum(error < 0.5 for error in errors) <= 16, errors
+
+
+def test_pairs_are_bytes_of_sharp_and_degraded_crops(loaded):
+    photos = [make_pyramid(photo, 64) for photo in loaded[0]]
+    pairs = draw_pairs(photos, 20, 64, sample_rng(0, 0))
+    assert pairs.sharp.shape == pairs.degraded.shape == (20, 3, 64, 64)
+    sharp, degraded = pairs.take(torch.tensor([3, 19]))
+    assert torch.equal(((sharp + 1) * 127.5).round().byte(), pairs.sharp[[3, 19]])
+    energies = [float(metrics.gradient_energy(images).mean()) for images in (sharp, degraded)]
+    assert energies[1] < 0.8 * energies[0]
+
+
+def test_a_stretch_of_steps_draws_from_the_same_crops(loaded, tmp_path):
+    stage = DinoStage(TINY._replace(pool_steps=2, pool_crops=4), loaded[0], tmp_path, 0, CPU)
+    crops = []
+    for stage.step in range(4):
+        crops.append(stage.crops_of(64).sharp)
+    assert torch.equal(crops[0], crops[1]) and torch.equal(crops[2], crops[3])
+    assert not torch.equal(crops[0], crops[2])
+
+
+def test_the_learning_rate_falls_at_the_end_of_the_last_call(loaded, tmp_path):
+    factors = []
+
+    def step():
+        factors.append(stage.rate_factor)
+        return {"loss": torch.tensor(0.0)}
+
+    for cools_down in (False, True):
+        stage = DinoStage(TINY, loaded[0], tmp_path / str(cools_down), 0, CPU)
+        stage.train_step = step
+        run_stage(stage, loaded[1], None, 10, cools_down)
+    assert factors[:10] == [1] * 10
+    assert factors[10:] == pytest.approx([1] * 8 + [2 / 3, 1 / 3])
+
+
+def test_the_enlarged_pictures_of_the_paint_stage_are_those_of_a_call(loaded, work, monkeypatch):
+    """With one window for all, and the call's noise."""
+    stage = PaintStage(TINY, loaded[0], work, 0, CPU)
+    stage.resume()
+    images = torch.cat([center_crop(photo, 64) for photo in loaded[1]])
+    inputs = stage.step_inputs(torch.zeros(2, 16, 8, 8), torch.tensor([0.4, 0.4]), torch.Generator(), torch.float32)
+    stage.working.load_state_dict(stage.average.state_dict())
+    latents = stage.encode(images, torch.Generator().manual_seed(1))
+    noisy = 0.6 * latents + 0.4 * inputs.noise
+    found = stage.take_steps(inputs._replace(latents=latents), None, 4)
+    empty = stage.language.empty_branch(torch.float32)
+    expected = stage.pipe(
+        image=(images + 1) / 2,
+        height=64,
+        width=64,
+        tile_size=64,
+        latents=noisy,
+        first_step=0,
+        start_sigma=0.4,
+        num_inference_steps=4,
+        prompt_embeds=empty.prompt_embeds,
+        pooled_prompt_embeds=empty.pooled_prompt_embeds,
+        output_type="latent",
+    ).images
+    torch.testing.assert_close(stage.pipe.unpack_canvas(expected, 64, 64), found, rtol=1e-4, atol=1e-4)
 
 
 # ---- Captions ------------------------------------------------------------------------------------------------------
@@ -336,9 +416,12 @@ def test_a_stripe_is_told_by_its_direction():
 def test_captions_have_the_scale_of_the_empty_prompt_and_depend_on_the_picture():
     language = Language(64, CPU)
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    tokens = language.caption(images, 4)
+    caption = language.caption(describe_squares(images, 4), 128)
+    (tokens,) = caption.tokens
     assert tokens.shape == (2, 16, 64)
     torch.testing.assert_close(tokens.square().mean(-1), torch.ones(2, 16))
+    # 8 x 8 image tokens: each caption lies between two of them.
+    assert caption.ids[:5].tolist() == [[0, 0.5, 0.5], [0, 0.5, 2.5], [0, 0.5, 4.5], [0, 0.5, 6.5], [0, 2.5, 0.5]]
     assert not torch.allclose(tokens[0], tokens[1])
     assert float(language.empty_prompt.square().mean()) == pytest.approx(1, abs=0.2)
     assert torch.equal(Language(64, CPU).matrix, language.matrix)
@@ -473,3 +556,23 @@ def test_the_judge_minds_blur_more_than_a_little_brightness(loaded):
     blurred = torch.nn.functional.avg_pool2d(original, 5, 1, 2)
     assert float(judge(original, original)) == 0
     assert float(judge(blurred, original)) > float(judge((original + 0.02).clamp(-1, 1), original))
+
+
+def test_the_table_measures_captions_and_tokens(photos, work, capsys):
+    class Judge(metrics.Judge):
+        def __init__(self):
+            self.model = torch.nn.Identity()
+
+        def __call__(self, images, originals):
+            return (images - originals).abs().mean((1, 2, 3))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "Judge", Judge)
+        assert train_demo.main(command(photos, work, "table", "--side", 128, "--sigmas", 0.1, 0.4)) == 0
+    rows = json.loads((work / "table" / "rows.json").read_text())
+    names = [f"{condition} {sigma}" for sigma in (0.1, 0.4) for condition in ("none", "caption", "right", "other")]
+    assert list(rows) == ["bicubic", "lanczos", *names]
+    assert len({tuple(rows[name]["distance"]) for name in rows}) == len(rows)
+    table = capsys.readouterr().out
+    mean = sum(rows["right 0.4"]["distance"]) / 2 - sum(rows["other 0.4"]["distance"]) / 2
+    assert f"| right 0.4 less other | {mean:+.4f} (" in table

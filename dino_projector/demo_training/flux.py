@@ -37,7 +37,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 
 from pipeline_flux_dino_tile import DinoTokens, FluxDinoTilePipeline
 
-from ..training.flow_matching import StepInputs, denoising_losses
+from ..training.flow_matching import AT_START_SHARE, StepInputs, denoising_losses, lead_from_degraded
 from .captions import Language, describe_squares
 from .crops import CropPairs, center_crop, device_generator, draw_indices
 from .sizes import Sizes, make_transformer
@@ -48,11 +48,7 @@ CAPTION_DROP = 0.15  # share of the steps
 MIN_SIGMA = 0.02
 SIGMA_POWER = 1.5  # of an even draw: half of the samples lie below 0.35, where an enlargement starts
 RESTORED_SHARE = 0.65  # of the crops of a step
-AT_START_SHARE = 0.5  # of the restored ones; the others are further along their paths
 START_SIGMAS = (0.03, 0.5)
-# The mean square by which degraded latents differ from sharp ones, about. At a start well below its root almost all of
-# a velocity is that difference over the start: without the weight, small starts would drown the others.
-DEGRADATION_SQUARE = 0.03
 MEASURE_SIGMAS = (0.2, 0.35, 0.5, 0.8)
 ENCODED_PIXELS = 2**21  # in a batch
 
@@ -71,11 +67,12 @@ def draw_starts(count: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def draw_sigmas(count: int, num_restored: int, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noise levels of `count` crops, the first of which are restored, and the levels at which these start."""
-    starts = draw_starts(num_restored, rng)
+    """Noise levels of `count` crops, the first of which are restored, and where these start; infinity for others."""
+    starts = np.full(count, np.inf)
+    starts[:num_restored] = draw_starts(num_restored, rng)
     sigmas = MIN_SIGMA + (1 - MIN_SIGMA) * rng.random(count) ** SIGMA_POWER
-    is_at_start = rng.random(num_restored) < AT_START_SHARE
-    sigmas[:num_restored] = np.where(is_at_start, starts, starts * rng.uniform(0.1, 1, num_restored))
+    parts_ahead = np.where(rng.random(num_restored) < AT_START_SHARE, 1, rng.uniform(0.1, 1, num_restored))
+    sigmas[:num_restored] = parts_ahead * starts[:num_restored]
     return torch.from_numpy(sigmas).float(), torch.from_numpy(starts).float()
 
 
@@ -125,16 +122,12 @@ class FluxStage(Stage):
         count = max(1, batch * self.sizes.crop**2 // side**2)
         crops: EncodedCrops = self.crops_of(side)
         chosen = draw_indices(count, len(crops.sharp), rng, self.device)
-        num_restored = round(RESTORED_SHARE * count)
-        sigmas, starts = (values.to(self.device) for values in draw_sigmas(count, num_restored, rng))
+        sigmas, starts = (values.to(self.device) for values in draw_sigmas(count, round(RESTORED_SHARE * count), rng))
         caption = self.draw_caption(crops.looks[chosen], side, rng)
         generator = device_generator(rng, self.device)
         inputs = self.step_inputs(crops.sharp[chosen].float(), sigmas, generator, self.dtype)
-        inputs = lead_from_degraded(inputs, crops.degraded[chosen[:num_restored]].float(), starts)
-        losses = denoising_losses(self.pipe, inputs, caption)
-        weights = torch.ones_like(losses)
-        weights[:num_restored] = starts.square() / (starts.square() + DEGRADATION_SQUARE)
-        return (weights * losses).mean()
+        inputs = lead_from_degraded(inputs, crops.degraded[chosen].float(), starts)
+        return denoising_losses(self.pipe, inputs, caption).mean()
 
     @torch.no_grad()
     def prepare_crops(self, pairs: CropPairs, rng: np.random.Generator) -> EncodedCrops:

@@ -30,12 +30,13 @@ import torch.nn.functional as F
 
 from pipeline_flux_dino_tile import DinoTokens
 
-from ..training.flow_matching import StepInputs
+from ..training.flow_matching import StepInputs, restoration_weights
+from ..training.losses import reconstruction_loss
 from .crops import device_generator, draw_indices
-from .flux import DEGRADATION_SQUARE, EncodedCrops, FluxStage, draw_starts
+from .flux import EncodedCrops, FluxStage, draw_starts
 from .sizes import Sizes
 from .stages import copy_weights, find_trained, update_average
-from .vae import adversary_direction, make_adversary, reconstruction_loss
+from .vae import adversary_direction, make_adversary
 
 
 STEP_COUNTS = (1, 2, 4)
@@ -107,7 +108,8 @@ class PaintStage(FluxStage):
         inputs = self.step_inputs(degraded_latents, starts, device_generator(rng, self.device), self.dtype)
         latents = self.take_steps(inputs, caption, int(rng.choice(STEP_COUNTS)))
         errors = (latents - crops.sharp[chosen].float()).square().mean((1, 2, 3))
-        latent_loss = (errors / (starts.square() + DEGRADATION_SQUARE)).mean()  # as a velocity's at its start
+        # As much as the velocities at their starts, whose errors are these over the start.
+        latent_loss = (restoration_weights(starts) * errors / starts.square()).mean()
         half = latents.shape[2] // 2  # cells: the decoder's convolutions need no more context
         top, left = (int(corner) for corner in rng.integers(half + 1, size=2))
         with self.autocast():

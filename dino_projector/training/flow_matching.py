@@ -114,16 +114,16 @@ def lead_from_degraded(inputs: StepInputs, degraded: torch.Tensor, starts: torch
     Has paths start at the noisy latents of degraded pictures.
 
     An enlargement starts there, at `(1 - start) * degraded + start * noise`, and follows the velocity straight to the
-    sharp latents. At a level `sigma` below, a part `sigma / start` of the difference between the two is left, which
-    is what flow matching with the noise `noise + (1 - sigma) / start * (degraded - sharp)` says. A start at infinity
-    leaves a sample as it is.
+    sharp latents. At a level `sigma` below, a part `sigma / start` of the way is left, which is what flow matching
+    with the noise `noise + (1 - start) / start * (degraded - sharp)` says. A start at infinity leaves a sample as it
+    is.
 
     Args:
         inputs ([`StepInputs`]): Of sharp latents.
         degraded (`torch.Tensor` of shape `(batch, channels, rows, columns)`): Latents of the degraded pictures.
         starts (`torch.Tensor` of shape `(batch,)`): Noise levels, not below those of `inputs`.
     """
-    parts = ((1 - inputs.sigmas) / starts).view(-1, 1, 1, 1)
+    parts = torch.where(starts.isinf(), 0, 1 / starts - 1).view(-1, 1, 1, 1)
     return inputs._replace(noise=inputs.noise + parts * (degraded - inputs.latents), starts=starts)
 
 
