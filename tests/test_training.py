@@ -344,7 +344,7 @@ def own_precision():
 
 
 def test_bf16_keeps_the_projector_in_float32(schnell, photos, tmp_path, own_precision):
-    args = parse(schnell, photos, tmp_path, "--mixed_precision", "bf16")
+    args = parse(schnell, photos, tmp_path, "--mixed_precision", "bf16", *EVERYTHING)
     trainer, loader = run.start_run(args, run.make_accelerator(args))
     assert trainer.pipe.transformer.dtype == trainer.pipe.vae.dtype == torch.bfloat16
     inputs = trainer.make_inputs(next(iter(loader)))
