@@ -49,8 +49,13 @@ def build_parser() -> Parser:
     add("--cool-down", action="store_true", help="let the learning rate fall to 0 in the last third of the call")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, metavar="N", help="(default: 0)")
     add("--size", choices=["demo", "tiny"], default="demo", help="tiny: for tests and trials (default: demo)")
-    add("--position-mode", choices=["zero", "tile"], default="tile", help="of the projector's tokens (default: tile)")
-    add("--token-grid", type=number(int, 1), metavar="N", help="N x N tokens of the projector (default: by --size)")
+    add(
+        "--token-grid",
+        type=number(int, 1),
+        default=34,
+        metavar="N",
+        help="N x N tokens of the projector at most (default: 34)",
+    )
     add("--workers", type=number(int, 0), metavar="N", help="that load photos for the projector (default: by machine)")
     add(
         "--side",
@@ -107,8 +112,7 @@ def run_projector(args: argparse.Namespace, sizes) -> dict:
         args.seconds,
         args.steps,
         workers,
-        args.position_mode,
-        args.token_grid or sizes.token_grid,
+        args.token_grid,
     )
     if train_projector.main([*arguments, *["--cpu"] * args.cpu]):
         raise ValueError("the training of the projector failed, as said above")

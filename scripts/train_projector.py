@@ -71,7 +71,7 @@ def build_parser() -> Parser:
         default=True,
         help="compute FLUX's blocks, and the VAE's in the pixel loss, twice to save memory (default: yes)",
     )
-    add("--compile", action="store_true", help="compile FLUX's blocks: minutes at first, faster after")
+    add("--compile", action="store_true", help="compile FLUX's blocks and the VAE: minutes at first, faster after")
 
     add = parser.add_argument_group("projector").add_argument
     add("--token_grid", type=number(int, 1), default=16, metavar="N", help="N x N tokens for a tile (default: 16)")

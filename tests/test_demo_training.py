@@ -244,7 +244,7 @@ def test_the_average_follows():
 
 def test_the_demo_fits_its_size():
     sizes = SIZES["demo"]
-    projector = DinoProjector(sizes.dino_dim, sizes.text_dim, sizes.projector_dim)
+    projector = DinoProjector(len(sizes.projector_layers) * sizes.dino_dim, sizes.text_dim, sizes.projector_dim)
     models = [make_vae(sizes), make_transformer(sizes), make_dino(sizes), projector]
     assert 2 * sum(map(count_weights, models)) < 47 * 2**20
 
@@ -384,7 +384,7 @@ def test_the_enlarged_pictures_of_the_paint_stage_are_those_of_a_call(loaded, wo
         height=64,
         width=64,
         tile_size=64,
-        latents=noisy,
+        latents=stage.pipe.pack_canvas(noisy),
         first_step=0,
         start_sigma=0.4,
         num_inference_steps=4,

@@ -35,7 +35,7 @@ from ..folders import (
 from ..training.checkpoints import list_checkpoints
 from .captions import EMPTY_PROMPT_TOKENS, Language
 from .flux import make_pipeline
-from .sizes import POOLED_DIM
+from .sizes import POOLED_DIM, TOKEN_GRID
 from .stages import MAX_SHARD_SIZE, find_trained
 
 
@@ -83,6 +83,7 @@ def make_untrained_projector(encoder: Path, transformer: FluxTransformer2DModel)
         in_dim=Dinov2WithRegistersConfig.from_pretrained(encoder).hidden_size,
         out_dim=transformer.config.joint_attention_dim,
         hidden_dim=1,
+        token_grid=TOKEN_GRID,
         dino_model=None,
         num_prompt_tokens=EMPTY_PROMPT_TOKENS,
         pooled_dim=POOLED_DIM,

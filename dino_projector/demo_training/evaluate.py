@@ -30,9 +30,10 @@ from pipeline_flux_dino_tile import FluxDinoTilePipeline, PromptBranch
 from ..comparison.baselines import enlarge
 from ..metrics import Interval, bootstrap_mean, dss, gradient_energy, grid_ratio, haarpsi, is_monotone, psnr
 from ..pictures import to_pixels
+from ..training.flow_matching import NoiseLevels
 from ..training.samples import Sampling, first_pairs
 from ..training.sources import ImageFolder
-from ..training.validation import CONDITIONS, bin_centers, example_losses, make_examples
+from ..training.validation import CONDITIONS, example_losses, make_examples, validation_sigmas
 from .crops import center_crop, load_photos
 from .projector import SIGMA_MAX, SIGMA_MIN
 
@@ -40,7 +41,6 @@ from .projector import SIGMA_MAX, SIGMA_MIN
 FACTOR = 4
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 LOSS_CROPS = 4  # of each photo
-NUM_SIGMAS = 4
 DETAIL = 256  # px, side of a sheet's pictures
 
 
@@ -116,17 +116,17 @@ class Upscaled:
 
 
 def velocity_losses(pipe: FluxDinoTilePipeline, held_out: Path, resolution: int, seed: int) -> dict[str, np.ndarray]:
-    """For each of the validation's conditions the losses `(NUM_SIGMAS, photos)`, each over `LOSS_CROPS` crops."""
+    """For each of the validation's conditions the losses `(starts, photos)`, each over `LOSS_CROPS` crops."""
     source = ImageFolder(held_out, seed)
     sampling = Sampling(resolution, (float(FACTOR), float(FACTOR)), ("bicubic",))
     plan = pipe.plan_tiles(resolution, resolution, resolution)
     branch = PromptBranch(pipe.dino_projector.prompt_embeds, pipe.dino_projector.pooled_prompt_embeds)
-    sigmas = bin_centers(SIGMA_MIN, SIGMA_MAX, NUM_SIGMAS)
+    starts = validation_sigmas(NoiseLevels(SIGMA_MIN, SIGMA_MAX, restoration_share=1.0))
     losses = []
     for crop in range(LOSS_CROPS):
         pairs = first_pairs(source, len(source), sampling, pipe.image_processor, seed + crop)
         examples = make_examples(pipe, plan, pairs, seed + crop)
-        losses.append(example_losses(pipe, plan, examples, branch, None, sigmas))
+        losses.append(example_losses(pipe, plan, examples, branch, None, starts, is_restored=True))
     return {name: np.mean([entry[name] for entry in losses], axis=0) for name in CONDITIONS}
 
 

@@ -40,7 +40,7 @@ from pipeline_flux_dino_tile import DinoTokens, FluxDinoTilePipeline
 from ..training.flow_matching import AT_START_SHARE, StepInputs, denoising_losses, lead_from_degraded
 from .captions import Language, describe_squares
 from .crops import CropPairs, center_crop, device_generator, draw_indices
-from .sizes import Sizes, make_transformer
+from .sizes import PIXELS_PER_TOKEN, TOKEN_GRID, Sizes, make_transformer
 from .stages import MAX_SHARD_SIZE, Stage, copy_weights, find_trained, update_average
 
 
@@ -132,15 +132,18 @@ class FluxStage(Stage):
     @torch.no_grad()
     def prepare_crops(self, pairs: CropPairs, rng: np.random.Generator) -> EncodedCrops:
         generator = device_generator(rng, self.device)
-        grid = self.sizes.token_grid
         sharp, degraded, looks = [], [], []
         batch = max(1, ENCODED_PIXELS // pairs.sharp.shape[-1] ** 2)
         for chosen in torch.arange(len(pairs.sharp), device=self.device).split(batch):
             images, degraded_images = pairs.take(chosen)
             sharp.append(self.encode(images, generator).half())
             degraded.append(self.encode(degraded_images, generator).half())
-            looks.append(describe_squares(images, grid).half())
+            looks.append(self.describe(images).half())
         return EncodedCrops(pairs, torch.cat(sharp), torch.cat(degraded), torch.cat(looks))
+
+    def describe(self, images: torch.Tensor) -> torch.Tensor:
+        """How the squares look that tokens stand for, as many as a projector has for a tile of this side."""
+        return describe_squares(images, min(TOKEN_GRID, images.shape[-1] // PIXELS_PER_TOKEN))
 
     def encode(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         side = images.shape[-1]
@@ -167,7 +170,7 @@ class FluxStage(Stage):
         """Velocity loss with a photo's own caption, with the next photo's, and without."""
         side = self.sizes.crop
         images = torch.cat([center_crop(photo, side) for photo in validation])
-        own = self.language.caption(describe_squares(images, self.sizes.token_grid), side)
+        own = self.language.caption(self.describe(images), side)
         captions = {"own": own, "other": own._replace(tokens=own.tokens.roll(1, dims=1)), "none": None}
         pipe = make_pipeline(self.pipe.vae, self.average)
         numbers = {}

@@ -22,9 +22,13 @@ from .captions import EMPTY_PROMPT_TOKENS
 from .sizes import Sizes
 
 
-# Noise levels of the training: beyond the default start of inference, for more noise leaves more to be told.
-SIGMA_MIN = 0.02
-SIGMA_MAX = 0.8
+# Where enlargements start in the training: beyond the default start of inference too, for more noise leaves more to be
+# told.
+SIGMA_MIN = 0.03
+SIGMA_MAX = 0.5
+RESTORATION_SHARE = 1.0
+PIXEL_LOSS_WEIGHT = 20.0
+DEGRADATIONS = ("bicubic", "bicubic", "bicubic", "mild")  # of which each sample draws one
 # A stage ends by its time, not by its steps.
 ENDLESS_STEPS = 10_000_000
 
@@ -32,14 +36,13 @@ ENDLESS_STEPS = 10_000_000
 def projector_arguments(
     checkpoint: Path,
     photos: Path,
-    held_out: Path,
+    validation: Path,
     work: Path,
     sizes: Sizes,
     seed: int,
     seconds: float | None,
     max_steps: int | None,
     workers: int,
-    position_mode: str,
     token_grid: int,
 ) -> list[str]:
     """Of `scripts/train_projector.py`; the same again goes on from the last checkpoint."""
@@ -47,7 +50,7 @@ def projector_arguments(
         "pretrained_model_name_or_path": checkpoint,
         "dino_model": checkpoint / ENCODER_FOLDER,
         "train_data_dir": photos,
-        "validation_data_dir": held_out,
+        "validation_data_dir": validation,
         "output_dir": work / PROJECTOR_RUN_FOLDER,
         "resume_from_checkpoint": "latest",
         "caption_column": "none",
@@ -55,9 +58,11 @@ def projector_arguments(
         "resolution": sizes.crop,
         "token_grid": token_grid,
         "hidden_dim": sizes.projector_dim,
-        "position_mode": position_mode,
+        "position_mode": "tile",
         "sigma_min": SIGMA_MIN,
         "sigma_max": SIGMA_MAX,
+        "restoration_share": RESTORATION_SHARE,
+        "pixel_loss_weight": PIXEL_LOSS_WEIGHT,
         "train_batch_size": sizes.batch // 2,
         "dataloader_num_workers": workers,
         "learning_rate": 5e-4,
@@ -73,4 +78,5 @@ def projector_arguments(
     if seconds is not None:
         options["max_train_seconds"] = seconds
     flat = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    return [*flat, "--degradation", "bicubic", "mild", "--random_flip", "--no-gradient_checkpointing"]
+    lists = ["--degradation", *DEGRADATIONS, "--dino_layers", *map(str, sizes.projector_layers)]
+    return [*flat, *lists, "--random_flip", "--no-gradient_checkpointing"]

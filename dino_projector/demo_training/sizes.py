@@ -25,6 +25,8 @@ LATENT_CHANNELS = 16
 POOLED_DIM = 16
 PATCH_SIZE = 14
 PIXELS_PER_TOKEN = 16
+# Rows and columns of DINO tokens of a tile at most: one for each image token of the default tiles.
+TOKEN_GRID = 34
 
 
 class Sizes(NamedTuple):
@@ -40,7 +42,7 @@ class Sizes(NamedTuple):
     dino_layers: int
     dino_heads: int
     projector_dim: int  # hidden
-    token_grid: int  # rows and columns of DINO tokens of a tile
+    projector_layers: tuple[int, ...]  # of DINO: deep ones do not mind degradation, shallow ones keep detail
     crop: int  # px, side of a crop
     batch: int  # crops of that side in a step; of others as many pixels
     flux_crops: tuple[int, ...]  # px, sides that FLUX's steps draw from
@@ -62,7 +64,7 @@ SIZES = {
         dino_layers=6,
         dino_heads=3,
         projector_dim=512,
-        token_grid=16,
+        projector_layers=(2, 4, -1),
         crop=256,
         batch=64,
         flux_crops=(256, 256, 256, 512),
@@ -82,7 +84,7 @@ SIZES = {
         dino_layers=2,
         dino_heads=2,
         projector_dim=64,
-        token_grid=4,
+        projector_layers=(1, -1),
         crop=64,
         batch=8,
         flux_crops=(64,),

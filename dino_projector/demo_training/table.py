@@ -20,22 +20,21 @@ perfect tokens could bring), and with the projector's tokens, right ones and ano
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 
 import numpy as np
 import torch
 from PIL import Image
 
-from pipeline_flux_dino_tile import DinoProjector, FluxDinoTilePipeline
+from pipeline_flux_dino_tile import DinoProjector, FluxDinoTilePipeline, TilePlan
 
 from ..comparison.baselines import enlarge
 from ..metrics import Interval, bootstrap_mean, dss, gradient_energy, haarpsi, psnr_y
 from ..pictures import to_pixels
 from .captions import Language, describe_squares
 from .crops import center_crop
+from .evaluate import FACTOR, to_picture
 
 
-FACTOR = 4
 CONDITIONS = ("none", "caption", "right", "other")
 METRICS = ("distance", "psnr", "energy", "haarpsi", "dss")
 
@@ -45,6 +44,25 @@ class CaptionProjector(DinoProjector):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         return features
+
+
+def make_caption_projector(projector: DinoProjector) -> CaptionProjector:
+    """With the empty prompt, the number and the places of the other's tokens."""
+    dim = projector.config.out_dim
+    config = {**projector.config, "in_dim": dim, "hidden_dim": 1, "position_mode": "tile"}
+    made = CaptionProjector.from_config(config)
+    made.prompt_embeds.copy_(projector.prompt_embeds)
+    made.pooled_prompt_embeds.copy_(projector.pooled_prompt_embeds)
+    return made.to(projector.device, projector.dtype)
+
+
+def make_captions(projector: DinoProjector, images: torch.Tensor, plan: TilePlan) -> torch.Tensor:
+    """What there is to say of sharp images, in the form of `dino_embeds`."""
+    language = Language(projector.config.out_dim, images.device)
+    rows, columns = projector.grid(plan.tile_tokens)
+    tiles = [images[tile.slices()] for tile in plan]
+    captions = [language.caption(describe_squares(tile, rows), tile.shape[-1]).tokens[0] for tile in tiles]
+    return torch.stack(captions).unflatten(2, (rows, columns))
 
 
 class Trial:
@@ -69,64 +87,33 @@ class Trial:
         judge: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
         seed: int = 0,
     ):
-        self.pipe, self.judge, self.seed, self.tile_size = pipe, judge, seed, tile_size or side
+        self.pipe, self.judge, self.seed = pipe, judge, seed
+        self.size, self.tile_size = (side, side), tile_size or side
         self.originals = torch.cat([center_crop(photo, side) for photo in photos]).cpu()
-        size = (side // FACTOR, side // FACTOR)
+        small_size = (side // FACTOR, side // FACTOR)
         self.small = [
-            Image.fromarray(((image.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()).resize(
-                size, Image.Resampling.BICUBIC
-            )
-            for image in self.originals
+            to_picture(image).resize(small_size, Image.Resampling.BICUBIC) for image in self.originals.split(1)
         ]
-        self.size = (side, side)
-        dim = pipe.transformer.config.joint_attention_dim
-        language = Language(dim, torch.device("cpu"))
-        grid = pipe.dino_projector.config.token_grid
         plan = pipe.plan_tiles(*self.size, self.tile_size)
-        tiles = [self.originals[tile.slices()] for tile in plan]
-        self.captions = torch.stack(
-            [
-                language.caption(describe_squares(tile, grid), tile.shape[-1]).tokens[0].unflatten(1, (grid, grid))
-                for tile in tiles
-            ]
-        )
-        caption_projector = CaptionProjector(
-            dim,
-            dim,
-            hidden_dim=1,
-            token_grid=grid,
-            position_mode="tile",
-            num_prompt_tokens=pipe.dino_projector.config.num_prompt_tokens,
-            pooled_dim=pipe.dino_projector.config.pooled_dim,
-        )
-        caption_projector.prompt_embeds, caption_projector.pooled_prompt_embeds = (
-            pipe.dino_projector.prompt_embeds,
-            pipe.dino_projector.pooled_prompt_embeds,
-        )
-        self.caption_projector = caption_projector.to(pipe.device, pipe.dino_projector.dtype)
+        self.projectors = {"tokens": pipe.dino_projector, "caption": make_caption_projector(pipe.dino_projector)}
+        self.captions = make_captions(pipe.dino_projector, self.originals, plan)
         self.features = pipe.encode_dino(self.small, upscale_factor=FACTOR, tile_size=self.tile_size)
-
-    @contextmanager
-    def captioning(self):
-        projector = self.pipe.dino_projector
-        self.pipe.register_modules(dino_projector=self.caption_projector)
-        try:
-            yield
-        finally:
-            self.pipe.register_modules(dino_projector=projector)
 
     def upscale(self, condition: str, start_sigma: float, **settings) -> torch.Tensor:
         """Enlargements `(photos, 3, side, side)` in [-1, 1] under one of `CONDITIONS`."""
-        if condition == "caption":
-            with self.captioning():
-                return self.call(self.captions, start_sigma, **settings)
-        features = self.features.roll(1, dims=1) if condition == "other" else self.features
-        return self.call(features, start_sigma, dino_conditioning_scale=float(condition != "none"), **settings)
-
-    def call(self, features: torch.Tensor, start_sigma: float, **settings) -> torch.Tensor:
-        generators = [torch.Generator().manual_seed(self.seed) for _ in self.small]
-        common = {"upscale_factor": FACTOR, "tile_size": self.tile_size, "start_sigma": start_sigma}
-        images = self.pipe(image=self.small, dino_embeds=features, generator=generators, **common, **settings).images
+        features = {"caption": self.captions, "other": self.features.roll(1, dims=1)}.get(condition, self.features)
+        self.pipe.register_modules(dino_projector=self.projectors["caption" if condition == "caption" else "tokens"])
+        images = self.pipe(
+            image=self.small,
+            upscale_factor=FACTOR,
+            tile_size=self.tile_size,
+            start_sigma=start_sigma,
+            dino_embeds=features,
+            dino_conditioning_scale=float(condition != "none"),
+            generator=[torch.Generator().manual_seed(self.seed) for _ in self.small],
+            **settings,
+        ).images
+        self.pipe.register_modules(dino_projector=self.projectors["tokens"])
         return torch.cat([to_pixels(image) for image in images])
 
     def enlarge(self, method: str) -> torch.Tensor:

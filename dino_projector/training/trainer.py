@@ -141,6 +141,8 @@ def prepare_transformer(pipe: FluxDinoTilePipeline, gradient_checkpointing: bool
         pipe.transformer.enable_gradient_checkpointing()
     if compiles:
         pipe.transformer.compile_repeated_blocks()
+        pipe.vae.encoder.compile()
+        pipe.vae.decoder.compile()
 
 
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
