@@ -499,7 +499,7 @@ def test_a_checkpoint_without_a_projector_is_said(photos, tmp_path, capsys):
     [
         (["vae"], "the stage vae needs --seconds or --steps"),
         (["vae", "--steps", "1", "--photos", "nowhere"], "--photos nowhere: has no folder train"),
-        (["paint"], "argument STAGE"),
+        (["draw"], "argument STAGE"),
     ],
 )
 def test_wrong_usage_is_one_line(photos, tmp_path, capsys, more, message):

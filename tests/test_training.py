@@ -178,8 +178,8 @@ def test_the_path_of_a_restored_sample_leads_from_the_degraded_latents_to_the_sh
     noisy, velocity = (1 - sigmas) * led.latents + sigmas * led.noise, led.noise - led.latents
     torch.testing.assert_close(noisy[0], 0.6 * degraded[0] + 0.4 * noise[0])
     torch.testing.assert_close((noisy - sigmas * velocity)[:2], sharp[:2])
-    # A quarter of the way is left.
-    torch.testing.assert_close(noisy[1], 0.9 * (sharp[1] + (degraded[1] - sharp[1]) / 4) + 0.1 * noise[1])
+    # A quarter of the straight way is left.
+    torch.testing.assert_close(noisy[1], sharp[1] + (0.6 * degraded[1] + 0.4 * noise[1] - sharp[1]) / 4)
     assert torch.equal(led.noise[2], noise[2])
 
 
