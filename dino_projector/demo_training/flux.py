@@ -100,6 +100,8 @@ class FluxStage(Stage):
         if device.type == "cuda":
             # A batch may be as large as a head is wide. Sizes that are equal by chance must not be taken for one.
             torch.fx.experimental._config.use_duck_shape = False
+            # PyTorch 2.11 ends in an AssertionError where it analyses these blocks with dynamic sizes.
+            torch._inductor.config.triton.coalesce_tiling_analysis = False
             self.working.compile_repeated_blocks(dynamic=True)
             vae.encoder.compile(dynamic=False)  # two kinds of batches, one for each side
         self.language = Language(sizes.text_dim, device)
