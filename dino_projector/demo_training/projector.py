@@ -19,7 +19,7 @@ from pathlib import Path
 from ..folders import ENCODER_FOLDER
 from .assemble import PROJECTOR_RUN_FOLDER
 from .captions import EMPTY_PROMPT_TOKENS
-from .sizes import Sizes
+from .sizes import TOKEN_GRID, Sizes
 
 
 # Where enlargements start in the training: beyond the default start of inference too, for more noise leaves more to be
@@ -43,7 +43,7 @@ def projector_arguments(
     seconds: float | None,
     max_steps: int | None,
     workers: int,
-    token_grid: int,
+    compiles: bool,
 ) -> list[str]:
     """Of `scripts/train_projector.py`; the same again goes on from the last checkpoint."""
     options: dict[str, object] = {
@@ -56,7 +56,7 @@ def projector_arguments(
         "caption_column": "none",
         "max_sequence_length": EMPTY_PROMPT_TOKENS,
         "resolution": sizes.crop,
-        "token_grid": token_grid,
+        "token_grid": TOKEN_GRID,
         "hidden_dim": sizes.projector_dim,
         "position_mode": "tile",
         "sigma_min": SIGMA_MIN,
@@ -79,4 +79,4 @@ def projector_arguments(
         options["max_train_seconds"] = seconds
     flat = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     lists = ["--degradation", *DEGRADATIONS, "--dino_layers", *map(str, sizes.projector_layers)]
-    return [*flat, *lists, "--random_flip", "--no-gradient_checkpointing"]
+    return [*flat, *lists, "--random_flip", "--no-gradient_checkpointing", *["--compile"] * compiles]

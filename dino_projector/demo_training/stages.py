@@ -16,6 +16,7 @@
 
 import json
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from safetensors.torch import load_file
 from ..folders import replace_folder
 from ..training.samples import sample_rng
 from ..training.trainer import average_gradients, avoid_cudnn_attention
-from .crops import CropPairs, draw_pairs, make_pyramid
+from .crops import draw_pairs, make_pyramid
 from .sizes import Sizes
 
 
@@ -38,12 +39,13 @@ STATE_FOLDER = "state"
 MODEL_FOLDER = "model"
 MAX_SHARD_SIZE = "14MB"  # checkpoints travel in files below 16 MiB
 REPORT_STEPS = 100
-CLOCK_STEPS = 10  # of several processes between two looks at the first one's clock
+CLOCK_STEPS = 10  # of several processes between two looks at the first one's clock; one looks at its own at every step
 AVERAGE_DECAY = 0.999
 # The learning rate rises, then stays, for nobody knows beforehand when a stage ends; the averaged weights bring most
 # of what a falling rate would bring. The last call of a stage can be told to let it fall.
 WARMUP_STEPS = 200
 COOL_DOWN_SHARE = 0.3  # of the last call
+SHARED_PURPOSE = 999  # of random numbers; processes have those below
 
 
 class Stage:
@@ -68,6 +70,7 @@ class Stage:
 
     def __init__(self, sizes: Sizes, photos: list[torch.Tensor], work: Path, seed: int, device: torch.device):
         self.sizes, self.seed, self.device = sizes, seed, device
+        self.stream_seed = zlib.crc32(f"{self.name} {seed}".encode())  # no two stages draw the same crops
         self.photos = [make_pyramid(photo, sizes.crop // 2) for photo in photos]
         self.folder = work / self.name
         self.step = 0
@@ -99,17 +102,21 @@ class Stage:
             self.crops, self.stretch = {}, stretch
         if side not in self.crops:
             # The side and the process choose the stream of random numbers, beside those of single steps.
-            rng = sample_rng(self.seed, stretch, 1000 * side + self.processes.process_index)
+            rng = sample_rng(self.stream_seed, stretch, 1000 * side + self.processes.process_index)
             count = max(1, self.sizes.pool_crops * self.sizes.crop**2 // side**2)
-            self.crops[side] = self.prepare_crops(draw_pairs(self.photos, count, side, rng), rng)
+            self.crops[side] = self.prepare_crops(side, count, rng)
         return self.crops[side]
 
-    def prepare_crops(self, pairs: CropPairs, rng: np.random.Generator) -> Any:
-        return pairs
+    def prepare_crops(self, side: int, count: int, rng: np.random.Generator) -> Any:
+        return draw_pairs(self.photos, count, side, rng)
 
     def step_rng(self) -> np.random.Generator:
         """All that is random about a step of this process."""
-        return sample_rng(self.seed, self.step, self.processes.process_index)
+        return sample_rng(self.stream_seed, self.step, self.processes.process_index)
+
+    def shared_rng(self) -> np.random.Generator:
+        """What is the same for all processes of a step: what decides how long it takes, so that none waits."""
+        return sample_rng(self.stream_seed, self.step, SHARED_PURPOSE)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
@@ -244,12 +251,14 @@ class Clock:
     def progress(self) -> float:
         part_of_steps = 0.0
         if self.max_steps is not None:
-            part_of_steps = (self.stage.step - self.first_step) / max(1, self.max_steps - self.first_step)
-        if self.seconds is not None and self.stage.step % CLOCK_STEPS == 0:
-            part = min(1.0, self.spent() / max(self.seconds, 1e-9))
-            if self.stage.processes.num_processes > 1:
-                part = float(broadcast(torch.tensor(part, device=self.stage.device)))
-            self.part_of_seconds = part
+            steps = self.max_steps - self.first_step
+            part_of_steps = (self.stage.step - self.first_step) / steps if steps > 0 else 1.0
+        is_alone = self.stage.processes.num_processes == 1
+        if self.seconds is not None and (is_alone or self.stage.step % CLOCK_STEPS == 0):
+            self.part_of_seconds = min(1.0, self.spent() / max(self.seconds, 1e-9))
+            if not is_alone:
+                part = torch.tensor(self.part_of_seconds, device=self.stage.device)
+                self.part_of_seconds = float(broadcast(part))
         return max(part_of_steps, self.part_of_seconds)
 
 
@@ -270,7 +279,7 @@ def run_stage(
     first, is_main = stage.step, stage.processes.is_main_process
     values: dict[str, torch.Tensor] = {}
     clock = Clock(stage, seconds, max_steps)
-    while stage.step != max_steps and (progress := clock.progress()) < 1:
+    while (progress := clock.progress()) < 1:
         stage.rate_factor = min(1.0, (1 - progress) / COOL_DOWN_SHARE) if cools_down else 1.0
         values = stage.train_step()
         stage.step += 1

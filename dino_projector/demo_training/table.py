@@ -36,7 +36,7 @@ from .evaluate import FACTOR, to_picture
 
 
 CONDITIONS = ("none", "caption", "right", "other")
-METRICS = ("distance", "psnr", "energy", "haarpsi", "dss")
+METRICS = ("distance", "psnr_y", "energy", "haarpsi", "dss")
 
 
 class CaptionProjector(DinoProjector):

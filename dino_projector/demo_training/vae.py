@@ -34,7 +34,7 @@ from diffusers import AutoencoderKL
 from ..metrics import gradient_energy, psnr
 from ..training.losses import reconstruction_loss
 from ..training.samples import sample_rng
-from .crops import CropPairs, center_crop, device_generator, draw_indices
+from .crops import GROUP, center_crop, crops_to_bytes, device_generator, draw_crops, draw_indices
 from .sizes import Sizes, make_vae
 from .stages import (
     MAX_SHARD_SIZE,
@@ -65,6 +65,11 @@ def adversary_direction(score: Callable[[torch.Tensor], torch.Tensor], images: t
     images = images.detach().requires_grad_(True)
     (gradient,) = torch.autograd.grad(-score(images).mean(), images)
     return gradient / (gradient.norm() + 1e-12)
+
+
+def hinge_loss(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+    """Of an adversary's scores."""
+    return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
 
 
 class VaeStage(Stage):
@@ -112,8 +117,12 @@ class VaeStage(Stage):
         return values
 
     def draw_images(self, count: int, rng: np.random.Generator) -> torch.Tensor:
-        pairs: CropPairs = self.crops_of(self.sizes.crop // 2)
-        return pairs.take(draw_indices(count, len(pairs.sharp), rng, self.device))[0]
+        crops = self.crops_of(self.sizes.crop // 2)
+        return crops[draw_indices(count, len(crops), rng, self.device)].float() / 127.5 - 1
+
+    def prepare_crops(self, side: int, count: int, rng: np.random.Generator) -> torch.Tensor:
+        groups = [draw_crops(self.photos, GROUP, side, rng) for _ in range(-(-count // GROUP))]
+        return torch.cat([crops_to_bytes(crops) for crops in groups])
 
     def draw_latents(self, images: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """Latents to decode, and what their divergence adds to the loss."""
@@ -127,8 +136,7 @@ class VaeStage(Stage):
             return self.adversary(images).float()
 
     def train_adversary(self, images: torch.Tensor, decoded: torch.Tensor) -> torch.Tensor:
-        real, fake = self.score(torch.cat([images, decoded])).chunk(2)
-        loss = F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+        loss = hinge_loss(*self.score(torch.cat([images, decoded])).chunk(2))
         self.update("adversary", loss)
         return loss.detach()
 
@@ -147,7 +155,7 @@ class VaeStage(Stage):
 
     @torch.no_grad()
     def measure(self, validation: list[torch.Tensor]) -> dict[str, float]:
-        """Reconstruction of the middles of held-out photos, at twice the crop's side."""
+        """Reconstruction of the middles of the photos, at twice the crop's side."""
         images = torch.cat([center_crop(photo, 2 * self.sizes.crop) for photo in validation])
         decoded = torch.cat(
             [self.average.decode(self.average.encode(x).latent_dist.mean).sample for x in images.split(1)]

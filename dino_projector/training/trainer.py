@@ -65,9 +65,7 @@ class ProjectorTrainer:
         self.lr_scheduler = self.make_lr_scheduler()
         self.ema = EMAModel(self.projector.parameters(), decay=args.ema_decay)
         self.step = 0
-        prepare_transformer(pipe, args.gradient_checkpointing, args.compile)
-        if args.gradient_checkpointing and args.pixel_loss_weight:
-            pipe.vae.enable_gradient_checkpointing()
+        prepare_models(pipe, args.gradient_checkpointing, args.compile)
 
     def backward(self, batch: dict, share: float) -> torch.Tensor:
         """Adds the gradient of `share` times a batch's mean loss; returns the loss."""
@@ -135,10 +133,11 @@ def avoid_cudnn_attention() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def prepare_transformer(pipe: FluxDinoTilePipeline, gradient_checkpointing: bool, compiles: bool) -> None:
+def prepare_models(pipe: FluxDinoTilePipeline, gradient_checkpointing: bool, compiles: bool) -> None:
     avoid_cudnn_attention()
     if gradient_checkpointing:
         pipe.transformer.enable_gradient_checkpointing()
+        pipe.vae.enable_gradient_checkpointing()  # of the pixel loss
     if compiles:
         pipe.transformer.compile_repeated_blocks()
         pipe.vae.encoder.compile()
