@@ -199,6 +199,22 @@ def image_size(image: Any) -> tuple[int, int]:
     return height, width
 
 
+def check_regions(regions: list, height: int, width: int) -> list[tuple[Any, Any]]:
+    """[`check`]s prompts and their boxes; returns them with `(left, top, right, bottom)` in pixels of the output."""
+    checked = []
+    for region in regions:
+        text, box = region if isinstance(region, (list, tuple)) and len(region) == 2 else (None, None)
+        box = (0, 0, 1, 1) if box is None else box
+        is_box = isinstance(box, (list, tuple)) and [isinstance(x, numbers.Real) for x in box] == [True] * 4
+        if is_box and all(0 <= x <= 1 for x in box):
+            box = [round(x * length) for x, length in zip(box, (width, height, width, height))]
+        is_inside = is_box and 0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height
+        place = f"(left, top, right, bottom) in the output's {width}x{height} px, in fractions of it, or None"
+        check("prompt", region, isinstance(text, str) and is_inside, f"pairs of a string and a box {place}")
+        checked.append((text, box))
+    return checked
+
+
 def check_finite(values: torch.Tensor, what: str, remedy: str, cell: int = 0, top: int = 0) -> None:
     """
     Raises a `FloatingPointError` if `values` hold NaN or infinite ones. Those of a canvas `(..., rows, columns)`, with
@@ -502,6 +518,7 @@ class PromptBranch(NamedTuple):
     prompt_embeds: torch.Tensor  # (batch, num_tokens, joint_attention_dim)
     pooled_prompt_embeds: torch.Tensor  # (batch, pooled_projection_dim)
     ip_adapter_embeds: list[torch.Tensor] | None = None  # one (batch, num_images, dim) for each adapter
+    tile_rows: list[int] | None = None  # the row of each tile's prompt, where the embeddings have one for each text
 
 
 # ---- Attention with a strength for the DINO tokens -----------------------------------------------------------------
@@ -951,6 +968,20 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             check(name, count, count in (1, num_prompts), f"1, or {num_prompts} for as many prompts")
         return num_prompts, num_tokens
 
+    def check_tile_prompts(self, prompt, prompt_2, image, height: int, width: int) -> Callable | list | None:
+        r"""
+        The checked `prompt` of a call if it differs from tile to tile: a function, or regions with boxes in pixels.
+        `None` for any other. Raises a `ValueError`.
+        """
+        has_boxes = isinstance(prompt, list) and any(isinstance(entry, (list, tuple)) for entry in prompt)
+        if not has_boxes and not callable(prompt):
+            return None
+        check("image", len(image), len(image) == 1, "one image where `prompt` differs from tile to tile")
+        check("prompt_2", prompt_2, prompt_2 is None, "left out where `prompt` differs from tile to tile")
+        has_pixels = has_boxes or not self.is_latents(image)
+        check("image", image, has_pixels, "pixels, not latents, where `prompt` is a function that looks at them")
+        return check_regions(prompt, height, width) if has_boxes else prompt
+
     def check_dino_inputs(self, is_latent, plan, num_images, scale, dino_embeds, kwargs) -> None:
         r"""Checks the DINO conditioning; raises a `ValueError`."""
         if self.dino_projector is None:
@@ -1215,12 +1246,35 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
 
     # ---- Denoising -------------------------------------------------------------------------------------------------
 
+    def get_tile_prompts(self, prompt, image: torch.Tensor, plan: TilePlan, height: int, width: int) -> list[str]:
+        r"""
+        The prompt of each tile, by what [`~FluxDinoTilePipeline.check_tile_prompts`] returns: what a function says of
+        its pixels in a prepared image and of its box, or the prompts of the regions that it touches.
+        """
+        texts = []
+        for top, left, tile_height, tile_width in plan:
+            right, bottom = min(left + tile_width, width), min(top + tile_height, height)
+            if callable(prompt):
+                pixels = self.crop_pixels(image, Tile(top, left, bottom - top, right - left))
+                seen = self.image_processor.postprocess(pixels, output_type="pil")[0]
+                texts.append(prompt(seen, (left, top, right, bottom)))
+                check("prompt(image, box)", texts[-1], isinstance(texts[-1], str), "a string")
+            else:
+                touched = [
+                    x for x, box in prompt if box[0] < right and box[1] < bottom and left < box[2] and top < box[3]
+                ]
+                texts.append(", ".join(filter(None, touched)))
+        return texts
+
     def encode_branch(
-        self, inputs: PromptInputs, num_prompts: int, batch_size: int, num_tokens: int, has_ip_adapter: bool
+        self, inputs: PromptInputs, num_prompts: int, batch_size: int, num_tokens: int, has_adapter: bool, texts=None
     ) -> PromptBranch:
-        r"""Encodes one side's prompt and IP-Adapter image, or takes their embeddings, for `batch_size` results."""
+        r"""
+        Encodes one side's prompt and IP-Adapter image, or takes their embeddings, for `batch_size` results. With
+        `texts`, one for each tile, it encodes each of them once.
+        """
         device, ip_adapter_embeds = self._execution_device, None
-        if has_ip_adapter:
+        if has_adapter:
             image, image_embeds = inputs.ip_adapter_image, inputs.ip_adapter_image_embeds
             if image is None and image_embeds is None:
                 black = np.zeros((224, 224, 3), dtype=np.uint8)
@@ -1228,11 +1282,15 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             entries = self.prepare_ip_adapter_image_embeds(image, image_embeds, device, 1)
             ip_adapter_embeds = [repeat_images(entry, num_prompts, batch_size) for entry in entries]
         scale = self.joint_attention_kwargs.get("scale")
-        texts = dict(zip(inputs._fields[:4], inputs))
-        embeds = self.encode_prompt(**texts, device=device, max_sequence_length=num_tokens, lora_scale=scale)
-        embeds = [values.to(device=device, dtype=self.transformer.dtype) for values in embeds[:2]]
+        kwargs = {**dict(zip(inputs._fields[:4], inputs)), "max_sequence_length": num_tokens, "lora_scale": scale}
+        distinct = [inputs.prompt] if texts is None else list(dict.fromkeys(texts))
+        # One by one: in a batch, the embeddings of a text would depend on the others by rounding.
+        encoded = [self.encode_prompt(**{**kwargs, "prompt": text}, device=device)[:2] for text in distinct]
+        embeds = [torch.cat(values).to(device=device, dtype=self.transformer.dtype) for values in zip(*encoded)]
         for values in embeds:
             check_finite(values, "the prompt's embeddings", "T5 overflows in float16: use bfloat16 or float32.")
+        if texts is not None:
+            return PromptBranch(embeds[0], embeds[1], ip_adapter_embeds, [distinct.index(text) for text in texts])
         prompt_embeds, pooled_embeds = (x.repeat_interleave(batch_size // len(x), dim=0) for x in embeds)
         return PromptBranch(prompt_embeds, pooled_embeds, ip_adapter_embeds)
 
@@ -1257,7 +1315,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         # The transformer changes the dictionary that it gets.
         joint_attention_kwargs = dict(self.joint_attention_kwargs)
         if branch.ip_adapter_embeds is not None:
-            ip_adapter_embeds = [embeds.repeat(repeats, 1, 1) for embeds in branch.ip_adapter_embeds]
+            ip_adapter_embeds = [x.repeat(num // len(x), 1, 1) for x in branch.ip_adapter_embeds]
             joint_attention_kwargs["ip_adapter_image_embeds"] = ip_adapter_embeds
         if dino is not None:
             # Before the text, so that both groups of keys are views for the attention: it knows no order of tokens.
@@ -1296,6 +1354,10 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
             batch_dino = None if dino is None else dino._replace(tokens=dino.tokens[indices])
             velocities = []
             for side, branch in enumerate(branches):
+                if branch.tile_rows is not None:
+                    rows = [branch.tile_rows[index] for index in indices for _ in canvas]
+                    embeds, pooled_embeds = branch.prompt_embeds[rows], branch.pooled_prompt_embeds[rows]
+                    branch = branch._replace(prompt_embeds=embeds, pooled_prompt_embeds=pooled_embeds)
                 # A cache of diffusers must not take one tile, or the other side of true CFG, for the last step.
                 # Nor may what it keeps of a step with DINO's tokens serve one without.
                 with self.transformer.cache_context(f"tile {indices[0]}, side {side}, DINO {dino is not None}"):
@@ -1319,7 +1381,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
         self,
-        prompt: str | list[str] | None = None,
+        prompt: str | list[str] | list[tuple[str, Sequence[float] | None]] | Callable | None = None,
         prompt_2: str | list[str] | None = None,
         negative_prompt: str | list[str] | None = None,
         negative_prompt_2: str | list[str] | None = None,
@@ -1367,7 +1429,12 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         here are the ones that mean more than there.
 
         Args:
-            prompt (`str` or `list[str]`, *optional*): What to draw, beside what DINO sees. By default nothing.
+            prompt (`str`, `list[str]`, `list[tuple]` or `Callable`, *optional*):
+                What to draw, beside what DINO sees; by default nothing. For regions, a list of prompts and boxes
+                `(left, top, right, bottom)` in pixels of the output, or in fractions of it if no number is above 1, or
+                `None` for all of it: a tile gets the prompts of all boxes that it touches, in their order, joined by
+                commas. Or a function that gets a tile of the enlarged input as a PIL image, and its box in pixels, and
+                returns the tile's prompt. Both are for one image, and leave the negative prompt the same everywhere.
             true_cfg_scale (`float`, defaults to 1.0):
                 Guidance against the negative prompt; above 1 it doubles the work. Both branches have the DINO tokens.
             image (`PipelineImageInput`):
@@ -1432,6 +1499,7 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         check_values(dino_guidance_start=dino_guidance_start, dino_guidance_end=dino_guidance_end)
         check_values(dino_conditioning_scale=dino_conditioning_scale)
         num_tokens = max_sequence_length or self.default_text_tokens
+        tile_prompts: Any = self.check_tile_prompts(prompt, prompt_2, image, height, width)
         if prompt is None and prompt_embeds is None:
             # The empty prompt; if the projector carries its embeddings, their length is given.
             prompt = ""
@@ -1440,6 +1508,8 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
                 is_carried = max_sequence_length in (None, prompt_embeds.shape[1])
                 carried = f"the {prompt_embeds.shape[1]} of the projector's empty prompt, or with a prompt"
                 check("max_sequence_length", max_sequence_length, is_carried, carried)
+        # One that differs from tile to tile counts as one prompt, and its text is what an error shows.
+        prompt = prompt if tile_prompts is None else str(prompt)
         prompts = (prompt, prompt_2, prompt_embeds, pooled_prompt_embeds)
         positive = PromptInputs(*prompts, ip_adapter_image, ip_adapter_image_embeds)
         prompts = (negative_prompt, negative_prompt_2, negative_prompt_embeds, negative_pooled_prompt_embeds)
@@ -1500,12 +1570,16 @@ class FluxDinoTilePipeline(FluxImg2ImgPipeline):
         device = self._execution_device
 
         # 3. Encode the prompts
-        has_ip_adapter = any(value is not None for side in sides.values() for value in side[4:])
-        used = [positive, negative] if do_true_cfg else [positive]
-        branches = [self.encode_branch(side, num_prompts, batch_size, num_tokens, has_ip_adapter) for side in used]
+        pixels = torch.empty(0) if is_latent else self.resize_image(image, height, width)
+        if tile_prompts is not None:
+            tile_prompts = self.get_tile_prompts(tile_prompts, pixels, plan, height, width)
+        has_adapter = any(value is not None for side in sides.values() for value in side[4:])
+        settings = num_prompts, batch_size, num_tokens, has_adapter
+        branches = [self.encode_branch(positive, *settings, tile_prompts)]
+        if do_true_cfg:
+            branches.append(self.encode_branch(negative, *settings))
 
         # 4. Encode what DINO sees in each tile
-        pixels = torch.empty(0) if is_latent else self.resize_image(image, height, width)
         dino = None
         if uses_dino:
             features = self.encode_dino_tiles(pixels, plan) if dino_embeds is None else dino_embeds

@@ -124,6 +124,34 @@ def complete_call(pipe: FluxDinoTilePipeline, arguments: dict[str, Any]) -> tupl
     return call, pipe.plan_tiles(call["height"], call["width"], call["tile_size"], call["tile_overlap"])
 
 
+class TilePrompts(dict):
+    """What a prompt that is a function says of each tile, by the tile's box: a prompt that can be compared."""
+
+    def __call__(self, image: PIL.Image.Image, box: tuple[int, int, int, int]) -> str:
+        return self[box]
+
+
+@torch.no_grad()
+def settle_prompt(pipe: FluxDinoTilePipeline, arguments: dict[str, Any]) -> dict[str, Any]:
+    """
+    The arguments of a call with [`TilePrompts`] in place of a prompt that is a function, which is asked here, once for
+    each tile. Raises a `ValueError` if image and sizes are out of range or do not fit it.
+    """
+    if not callable(arguments.get("prompt")):
+        return arguments
+    call, plan = complete_call(pipe, arguments)
+    size = call["height"], call["width"]
+    prompt: Any = pipe.check_tile_prompts(call["prompt"], call["prompt_2"], call["image"], *size)
+    said = TilePrompts()
+
+    def ask(image: PIL.Image.Image, box: tuple[int, int, int, int]) -> str:
+        said[box] = prompt(image, box)
+        return said[box]
+
+    pipe.get_tile_prompts(ask, pipe.resize_image(call["image"], *size), plan, *size)
+    return {**arguments, "prompt": said}
+
+
 def describe_call(pipe: FluxDinoTilePipeline, arguments: dict[str, Any]) -> dict[str, Any]:
     """
     What decides the canvas after each step of `pipe(**arguments)`, as JSON can hold it: arguments, tiles, models and

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from diffusers.image_processor import PipelineImageInput
 from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
 
-from flux_dino_tile.calls import check_number, complete_call, observe_steps
+from flux_dino_tile.calls import check_number, complete_call, observe_steps, settle_prompt
 from pipeline_flux_dino_tile import (
     FluxDinoTilePipeline,
     Tile,
@@ -205,7 +205,7 @@ def upscale_with_diagnosis(
         nonlocal canvas
         canvas = latents
 
-    arguments = {**arguments, "dino_embeds": features}
+    arguments = {**settle_prompt(pipe, arguments), "dino_embeds": features}
     images = pipe(**observe_steps(arguments, keep_canvas)).images
     if features is not None:
         num_prompts = len(images) // call["num_images_per_prompt"]

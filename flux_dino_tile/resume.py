@@ -26,7 +26,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
-from flux_dino_tile.calls import check_scheduler, describe_call, differences, observe_steps
+from flux_dino_tile.calls import check_scheduler, describe_call, differences, observe_steps, settle_prompt
 from flux_dino_tile.sharing import check_same_call, is_first_process, sharing_group
 from pipeline_flux_dino_tile import FluxDinoTilePipeline, check
 
@@ -70,6 +70,7 @@ class Checkpoint:
         check_scheduler(pipe)
         is_cached = pipe.transformer.is_cache_enabled
         check("transformer", "one with a cache", not is_cached, "without diffusers' caches, whose state is not saved")
+        arguments = settle_prompt(pipe, arguments)
         settings = describe_call(pipe, arguments)
         saved_settings, state = self.read()
         step = int(state.get("step", 0))
@@ -134,20 +135,20 @@ class Checkpoint:
 @contextmanager
 def keeping_prompt_embeds(pipe: FluxDinoTilePipeline, prompt_embeds: torch.Tensor | None) -> Iterator[None]:
     """
-    Puts embeddings that a callback changed, one for each result, in the place of the first that `pipe` encodes, the
-    prompt's. No argument of a call can say them.
+    Puts embeddings that a callback changed in the place of the first that `pipe` encodes, the prompt's. No argument of
+    a call can say them.
     """
     if prompt_embeds is None:
         yield
         return
-    encode_prompt, kept = pipe.encode_prompt, [prompt_embeds]
+    encode_branch, kept = pipe.encode_branch, [prompt_embeds]
 
-    def encode_once(**arguments):
-        encoded, *rest = encode_prompt(**arguments)
-        return (kept.pop() if kept else encoded, *rest)
+    def encode_once(*arguments):
+        branch = encode_branch(*arguments)
+        return branch._replace(prompt_embeds=kept.pop().to(branch.prompt_embeds)) if kept else branch
 
-    pipe.encode_prompt = encode_once
+    pipe.encode_branch = encode_once  # type: ignore[method-assign]
     try:
         yield
     finally:
-        del pipe.encode_prompt
+        del pipe.encode_branch

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from flux_dino_tile.calls import check_scheduler, describe_call, differences
+from flux_dino_tile.calls import check_scheduler, describe_call, differences, settle_prompt
 from pipeline_flux_dino_tile import FluxDinoTilePipeline, check
 
 
@@ -83,6 +83,7 @@ def sharing_tiles(pipe: FluxDinoTilePipeline, group: Any) -> Iterator[Callable]:
 
 def call_shared(pipe: FluxDinoTilePipeline, **arguments) -> Any:
     """`pipe(**arguments)` once all processes that share its tiles are seen to make the same call."""
+    arguments = settle_prompt(pipe, arguments)
     check_same_call(pipe, describe_call(pipe, arguments))
     return pipe(**arguments)
 

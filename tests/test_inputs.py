@@ -339,6 +339,35 @@ NEGATIVE = {
 NEGATIVE_IP = {"negative_ip_adapter_image_embeds": [IP_EMBEDS]}
 HALF = {"dino_conditioning_scale": 0.5}
 
+NO_DINO = {"dino_conditioning_scale": 0}
+ON = ("a dog", (0, 0, 64, 64))
+BAD_REGIONS = {
+    "a string alone": "a dog",
+    "nothing": (),
+    "a box alone": ((0, 0, 64, 64),),
+    "three parts": ("a dog", (0, 0, 64, 64), 1),
+    "the box first": ((0, 0, 64, 64), "a dog"),
+    "no string": (3, (0, 0, 64, 64)),
+    "None as prompt": (None, None),
+    "a box of text": ("a dog", "left"),
+    "three numbers": ("a dog", (0, 0, 64)),
+    "five numbers": ("a dog", (0, 0, 64, 64, 64)),
+    "a number as text": ("a dog", (0, 0, "64", 64)),
+    "an array": ("a dog", np.array([0, 0, 64, 64])),
+    "no width": ("a dog", (64, 0, 64, 64)),
+    "right before left": ("a dog", (64, 0, 32, 64)),
+    "bottom above top": ("a dog", (0, 64, 64, 32)),
+    "beyond the right": ("a dog", (0, 0, 129, 64)),
+    "beyond the bottom": ("a dog", (0, 0, 64, 97)),
+    "below 0": ("a dog", (-1, 0, 64, 64)),
+    "a fraction above 1": ("a dog", (0, 0, 1.5, 200)),
+    "a negative fraction": ("a dog", (-0.1, 0, 0.5, 0.5)),
+    "a fraction of no pixel": ("a dog", (0, 0, 0.001, 1)),
+    "NaN": ("a dog", (0, 0, NAN, 64)),
+    "NaN in fractions": ("a dog", (0, 0, 1, NAN)),
+    "infinite": ("a dog", (0, 0, INF, 64)),
+}
+
 BAD_COMBINATIONS = {
     # Images
     "no image": Case("image", "list", {"image": []}),
@@ -449,6 +478,28 @@ BAD_COMBINATIONS = {
     "latents for one of two": Case("latents", r"\(1, 48, 16\)", {"num_images_per_prompt": 2, "latents": PACKED}),
     "latents of another size of output": Case("latents", r"\(1, 48, 16\)", {"upscale_factor": 3, "latents": PACKED}),
     "NaN in the noise": Case("latents", "NaN", {"latents": with_nan(PACKED)}),
+    # Prompts that differ from tile to tile
+    **{
+        f"a region: {name}": Case(
+            "prompt",
+            rf"pairs of a string and a box .* 128x96 px, .* but is {re.escape(repr(region))}\.",
+            {"prompt": [ON, region]},
+        )
+        for name, region in BAD_REGIONS.items()
+    },
+    "regions of two images": Case("image", "one image .* but is 2", {"image": [PHOTO, PHOTO], "prompt": [ON]}),
+    "a function for two images": Case("image", "one image .* but is 2", {"image": [PHOTO, PHOTO], "prompt": print}),
+    "regions and a second prompt": Case("prompt_2", "left out .* but is 'a'", {"prompt": [ON], "prompt_2": "a"}),
+    "a function and a second prompt": Case("prompt_2", "left out .* but is 'a'", {"prompt": print, "prompt_2": "a"}),
+    "a function for latents": Case("image", "pixels, not latents", {"image": LATENTS, "prompt": print, **NO_DINO}),
+    "regions and embeddings": Case("prompt_embeds", "a dog", {**EMBEDDED, "prompt": [ON]}),
+    "a function and embeddings": Case("prompt_embeds", "function print", {**EMBEDDED, "prompt": print}),
+    "regions and too many negative prompts": Case(
+        "negative_prompt", "but is 2", {"prompt": [ON, ON], "negative_prompt": ["a", "b"], "true_cfg_scale": 2}
+    ),
+    "regions as negative prompt": Case("negative_prompt", r"a dog", {"negative_prompt": [ON], "true_cfg_scale": 2}),
+    "regions without text encoders": Case("prompt", "None without .*a dog", {"prompt": [ON]}, "no text"),
+    "a function without text encoders": Case("prompt", "None without .*function print", {"prompt": print}, "no text"),
     # Embeddings
     "prompt and embeddings": Case("prompt_embeds", "cat", {**EMBEDDED, "prompt": "cat"}),
     "second prompt and embeddings": Case("prompt_2", "cat", {**EMBEDDED, "prompt_2": "cat"}),
@@ -615,6 +666,12 @@ BAD_COMBINATIONS = {
 @pytest.mark.parametrize("case", BAD_COMBINATIONS.values(), ids=list(BAD_COMBINATIONS))
 def test_call_refuses_what_does_not_fit(case):
     assert_refused(pipeline(case.pipeline), {"image": PHOTO, **case.kwargs}, case.argument, case.shown)
+
+
+def test_a_function_that_returns_no_string_is_refused():
+    message = r"`prompt\(image, box\)` must be a string, but is 3\."
+    with pytest.raises(ValueError, match=message):
+        pipeline("full")(image=PHOTO, prompt=lambda image, box: 3)
 
 
 BAD_COMBINATIONS_FOR_METHODS = {

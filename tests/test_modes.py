@@ -704,6 +704,7 @@ def test_tiny_autoencoder_equals_the_parent(pipe):
 
 # ---- Offloading ----------------------------------------------------------------------------------------------------
 
+REGIONS = [("a photo", None), ("a dog", (0, 0, 0.3, 0.3)), ("a cat", (0.6, 0.6, 1, 1))]
 OFFLOADS = {
     "model": lambda pipe, device: pipe.enable_model_cpu_offload(device=device),
     "sequential": lambda pipe, device: pipe.enable_sequential_cpu_offload(device=device),
@@ -727,15 +728,17 @@ def tolerance(device):
 
 
 @offloads
-def test_offloading_gives_the_same(pipe, own_pipe, offload, device):
-    expected = upscale(pipe, dino_conditioning_scale=0.5)
+@pytest.mark.parametrize("prompt", ["a photo", REGIONS], ids=["prompt", "regions"])
+def test_offloading_gives_the_same(pipe, own_pipe, offload, device, prompt):
+    kwargs = {"prompt": prompt, "dino_conditioning_scale": 0.5}
+    expected = upscale(pipe, **kwargs)
     offload(own_pipe, device)
     for _ in range(2):
-        result = upscale(own_pipe, dino_conditioning_scale=0.5)
+        result = upscale(own_pipe, **kwargs)
         assert result.device.type == device
         assert_same(result.cpu(), expected, tolerance(device))
     features = own_pipe.encode_dino(PHOTO, upscale_factor=2, **SIX_TILES)
-    assert_same(upscale(own_pipe, dino_embeds=features, dino_conditioning_scale=0.5), result, tolerance(device))
+    assert_same(upscale(own_pipe, dino_embeds=features, **kwargs), result, tolerance(device))
 
 
 def test_model_offload_moves_each_component_once_per_image(own_pipe):

@@ -24,6 +24,8 @@ from wrapped_runs import (
     finish_picture_killed_in_layer,
     finish_picture_killed_in_step,
     finish_picture_killed_in_write,
+    say_place,
+    say_size,
     write_strips,
 )
 
@@ -176,6 +178,7 @@ def change_prompt(pipeline, index, timestep, kwargs):
 
 PROMPT = {"callback": change_prompt, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
 TRUE_CFG = {"negative_prompt": "blur", "true_cfg_scale": 2.0}
+REGIONS = [("a photo", None), ("a dog", (0, 0, 10, 10)), ("a cat", (0.6, 0.6, 1, 1))]
 CALLS = {
     "batch": {"num_images_per_prompt": 2, "generator": lambda: [generator(1), generator(2)]},
     "two images": {"image": [PHOTO, FLAT_PHOTO], "prompt": ["a", "b"]},
@@ -185,6 +188,9 @@ CALLS = {
     "strength": {"strength": 0.7, "start_sigma": None, "num_inference_steps": 5},
     "latents": {"latents": torch.linspace(-1, 1, 24 * 16).view(1, 24, 16)},
     "every second step": {"every": 2},
+    "regions": {"prompt": REGIONS, **TRUE_CFG},
+    "a function": {"prompt": say_place},
+    "prompt callback with regions": {**PROMPT, "prompt": REGIONS},
     "latents callback": {"callback": change_latents},
     "prompt callback": PROMPT,
     "prompt callback for each of a batch": {**PROMPT, **TRUE_CFG, "num_images_per_prompt": 2},
@@ -325,6 +331,11 @@ OTHER_SETTINGS = {
     "plan": ({"tile_size": 32}, "tiles is .*'tile_height': 32.*, in the checkpoint .*'tile_height': 48"),
     "overlap": ({"tile_overlap": 32}, "tiles is "),
     "prompt": ({"prompt": "a photo of"}, "prompt is 'a photo of', in the checkpoint 'a photo'"),
+    "regions": ({"prompt": REGIONS}, r"prompt is \[\['a photo', None\], \['a dog', \[0, 0, 10, 10\]\], .*'a photo'"),
+    "a function": (
+        {"prompt": say_place},
+        r"prompt is {'\(0, 0, 48, 48\)': '0 and 0', .*, in the checkpoint 'a photo'",
+    ),
     "start sigma": ({"start_sigma": 0.5}, "start_sigma is 0.5, in the checkpoint 0.6"),
     "strength": ({"start_sigma": None, "strength": 0.75}, "strength is 0.75, in the checkpoint None; .*start_sigma"),
     "sigmas": ({"start_sigma": None, "sigmas": np.array([0.1, 0.2, 0.6])[::-1]}, r"sigmas is 'float64 \(3,\) \w+', "),
@@ -337,6 +348,21 @@ OTHER_SETTINGS = {
     "batch": ({"num_images_per_prompt": 2}, "num_images_per_prompt is 2, in the checkpoint 1"),
     "latents": ({"latents": torch.zeros(1, 24, 16)}, r"latents is 'float32 \(1, 24, 16\)"),
 }
+
+
+def test_another_box_and_another_word_on_a_tile_are_refused(tmp_path):
+    for index, (prompt, other) in enumerate(
+        ((REGIONS, [*REGIONS[:2], ("a cat", (0.5, 0.6, 1, 1))]), (say_place, say_size))
+    ):
+        interrupt(tmp_path / str(index), prompt=prompt)
+        with pytest.raises(ValueError, match="other settings: prompt is "):
+            enlarge(tmp_path / str(index), prompt=other)
+
+
+def test_a_function_is_asked_once_for_each_tile(tmp_path):
+    boxes = []
+    enlarge(tmp_path, prompt=lambda image, box: boxes.append(box) or "a photo")
+    assert len(boxes) == len(set(boxes)) == 6
 
 
 @pytest.mark.parametrize("name", OTHER_SETTINGS)

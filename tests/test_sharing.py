@@ -7,7 +7,15 @@ import torch
 import worker_runs
 from diffusers import FlowMatchEulerDiscreteScheduler
 from worker_runs import FLAT_PHOTO, NUM_STEPS, PHOTO, exit_codes, outputs, settings, start_ranks
-from wrapped_runs import enlarge, share_diagnosis, share_other_calls, share_picture, share_with_checkpoint
+from wrapped_runs import (
+    enlarge,
+    say_place,
+    say_size,
+    share_diagnosis,
+    share_other_calls,
+    share_picture,
+    share_with_checkpoint,
+)
 
 from flux_dino_tile.diagnostics import upscale_with_diagnosis
 from flux_dino_tile.resume import CHECKPOINT_NAME
@@ -33,6 +41,8 @@ CALLS = {
     "a smaller last batch": {"tile_batch_size": 2, "image": PHOTO.crop((0, 0, 40, 40)), "upscale_factor": 3},
     "frozen tiles": {"image": FLAT_PHOTO, "frozen_tiles": [0, 3], "negative_prompt": "blur", "true_cfg_scale": 2.0},
     "all tiles frozen": {"frozen_tiles": range(6)},
+    "regions": {"prompt": [("a photo", None), ("a dog", (0, 0, 0.3, 0.3))], "tile_batch_size": 2},
+    "a function": {"prompt": say_place, "negative_prompt": "blur", "true_cfg_scale": 2.0},
     "VAE's residual": {"vae_residual": True, "num_images_per_prompt": 2},
 }
 
@@ -42,6 +52,7 @@ CALLS = {
     [
         *[(1, "plain"), (2, "batches"), (3, "batches"), (2, "a smaller last batch"), (3, "a smaller last batch")],
         *[(2, "frozen tiles"), (2, "all tiles frozen"), (3, "VAE's residual")],
+        *[(2, "regions"), (2, "a function")],
     ],
 )
 def test_shared_tiles_give_the_same(context, tmp_path, count, name):
@@ -125,9 +136,15 @@ def test_the_map_of_before_comes_back_after_an_error(monkeypatch):
         ([0, 1], [{}, {}], "generator is 'seed 0, .*, in process 1 'seed 1,"),
         ([0, None], [{}, {}], "generator is 'seed 0, .*, in process 1 None"),
         ([0, 0], [{"prompt": "a"}, {"prompt": "b"}], "prompt is 'a', in process 1 'b'"),
+        (
+            [0, 0],
+            [{"prompt": [("a", None)]}, {"prompt": [("a", (0, 0, 9, 9))]}],
+            r"prompt is \[\['a', None\]\], in pro",
+        ),
+        ([0, 0], [{"prompt": say_place}, {"prompt": say_size}], r"prompt is {'\(0, 0, 48, 48\)': '0 and 0'"),
         ([None, None], [{}, {}], "`generator` must be given, of one seed, in processes that share a picture"),
     ],
-    ids=["seed", "a seed in one", "prompt", "no seed"],
+    ids=["seed", "a seed in one", "prompt", "regions", "a function", "no seed"],
 )
 def test_other_calls_are_refused_in_all(context, tmp_path, seeds, changes, message, has_checkpoint):
     folders = [tmp_path / "shared"] * 2 if has_checkpoint else None

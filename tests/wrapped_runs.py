@@ -15,6 +15,15 @@ from flux_dino_tile.resume import Checkpoint
 from flux_dino_tile.sharing import sharing_tiles
 
 
+def say_place(image, box) -> str:
+    """A prompt of its own for each tile."""
+    return f"{box[0]} and {box[1]}"
+
+
+def say_size(image, box) -> str:
+    return f"{image.size}"
+
+
 def enlarge(folder: Path | None = None, every: int = 1, **kwargs):
     """The images of a call, with a checkpoint in `folder`."""
     call = worker_runs.PIPE if folder is None else partial(Checkpoint(folder, every).run, worker_runs.PIPE)
