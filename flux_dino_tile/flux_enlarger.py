@@ -33,6 +33,7 @@ from .image_files import opaque_colors, resize_rows
 from .messages import first_line, print_line
 from .options import Settings
 from .processes import REMEDY, ProcessError
+from .regions import call_prompt
 from .resume import Checkpoint
 from .sharing import is_first_process, sharing_tiles
 
@@ -161,7 +162,7 @@ class FluxEnlarger:
             )
         return {
             **place,
-            "prompt": settings.prompt,
+            "prompt": call_prompt(settings.prompt, settings.region_prompts),
             "start_sigma": settings.start_sigma,
             "num_inference_steps": settings.steps,
             "guidance_scale": settings.guidance,

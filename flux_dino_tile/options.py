@@ -28,6 +28,7 @@ from .architecture import Architecture, read_architecture
 from .embedded import EMBEDDED, locate_model
 from .image_files import READ_SUFFIXES
 from .messages import COMMAND, Parser, UsageError, nonempty, number
+from .regions import region_file
 
 
 # `--memory`: one recipe for cards of so many GiB, group offloading with so many tiles at once to hide its traffic. It
@@ -51,6 +52,7 @@ class Settings:
     model: str | None = None
     projector: str | None = None
     prompt: str | None = None
+    region_prompts: list[dict[str, Any]] | None = None  # as the file has them
     dino_strength: float | None = None
     start_sigma: float | None = None
     steps: int | None = None
@@ -72,6 +74,10 @@ class Settings:
     resume: bool = False
     checkpoint_steps: int = 1
     worker_timeout: float = 600.0
+
+    @property
+    def has_prompt(self) -> bool:
+        return self.prompt is not None or self.region_prompts is not None
 
 
 @dataclass(frozen=True)
@@ -279,6 +285,16 @@ def add_flux_options(parser: Parser) -> None:
 
 def add_run_options(parser: Parser) -> None:
     """What belongs to a run over files only."""
+    add = add_group(parser, "FLUX: regions")
+    add(
+        "--region-prompts",
+        metavar="FILE",
+        type=region_file,
+        help='JSON file with prompts for parts of the image: [{"prompt": TEXT, "box": [LEFT, TOP, RIGHT, BOTTOM]}, '
+        "...], in pixels of the output or in fractions of it, 0 to 1; a tile gets --prompt and those of all boxes "
+        "that it touches (default: none)",
+    )
+
     add = add_group(parser, "FLUX: long runs")
     add(
         "--resume",
@@ -384,14 +400,15 @@ def check_architecture(settings: Settings, architecture: Architecture) -> None:
     """Raises if the models cannot take a setting."""
     carried = architecture.prompt_tokens
     if not architecture.has_text_encoders:
-        if settings.prompt is not None:
-            raise UsageError(f"--prompt needs text encoders, and --model {settings.model} has none: leave it out")
+        if settings.has_prompt:
+            option = "--region-prompts" if settings.prompt is None else "--prompt"
+            raise UsageError(f"{option} needs text encoders, and --model {settings.model} has none: leave it out")
         if carried == 0:
             raise UsageError(
                 f"--model {settings.model}: has no text encoders, so that it needs a projector that carries the empty"
                 " prompt (--projector)"
             )
-    if settings.prompt is None and carried and settings.text_tokens not in (None, carried):
+    if not settings.has_prompt and carried and settings.text_tokens not in (None, carried):
         raise UsageError(
             f"--text-tokens {settings.text_tokens}: without a prompt there are {carried}, those of the empty prompt"
             " that the projector carries: leave it out"

@@ -22,6 +22,7 @@ from .image_files import upright_size
 from .jobs import Job, count_outcomes, run_step, target_size
 from .messages import print_line
 from .options import Options
+from .regions import call_prompt
 
 
 def transformer_flops(num_tokens: int, inner_dim: int = 3072, num_layers: int = 57) -> float:
@@ -48,11 +49,16 @@ def plan_picture(size: tuple[int, int], options: Options, architecture: Architec
 
 
 def check_tiles(jobs: list[Job], options: Options) -> None:
-    """Finds out before a model is loaded for which images the options leave no tiles."""
+    """Finds out before a model is loaded for which images the options leave no tiles, or have no place for a box."""
+    from pipeline_flux_dino_tile import check_regions
+
     architecture = read_architecture(options.model, options.projector)
+    regions = call_prompt(None, options.region_prompts) or []
 
     def check(job: Job) -> str:
-        plan_picture(target_size(upright_size(job.source), options.scale), options, architecture)
+        width, height = target_size(upright_size(job.source), options.scale)
+        plan_picture((width, height), options, architecture)
+        check_regions(regions, height, width)
         return job.outcome
 
     for job in jobs:
@@ -65,7 +71,7 @@ def print_plan(job: Job, options: Options, architecture: Architecture, totals: C
     width, height = target_size(size, options.scale)
     plan = plan_picture((width, height), options, architecture)
     text_tokens = options.text_tokens or architecture.text_tokens
-    if options.prompt is None and architecture.prompt_tokens:
+    if not options.has_prompt and architecture.prompt_tokens:
         text_tokens = architecture.prompt_tokens
     dino_tokens = 0 if options.dino_strength == 0 else architecture.dino_tokens
     num_tokens = plan.tokens_per_tile + text_tokens + dino_tokens

@@ -527,6 +527,15 @@ def test_usage_errors(folder, capsys, monkeypatch, arguments, message):
     assert sorted(path.name for path in folder.rglob("*")) == ["a.png", "empty", "full", "photo.png"]
 
 
+DOG = {"prompt": "a dög", "box": [0, 0, 20, 12]}
+
+
+def save_regions(folder, *regions):
+    """The name of a file with these regions."""
+    (folder / "regions.json").write_text(json.dumps(regions))
+    return folder / "regions.json"
+
+
 @pytest.mark.parametrize("option", FLUX_OPTIONS)
 def test_flux_options_need_use_flux(folder, capsys, option):
     values = {
@@ -542,6 +551,7 @@ def test_flux_options_need_use_flux(folder, capsys, option):
         "compile": [],
         "resume": [],
     }
+    values["region_prompts"] = [save_regions(folder, DOG)]
     flag = f"--{option.replace('_', '-')}"
     command = [folder / "photo.png", flag, *values.get(option, ["16"])]
     assert usage_error(capsys, *command) == f"upscale.py: error: {flag} needs --use-flux\n"
@@ -1056,6 +1066,107 @@ def test_flat_tiles_are_skipped_also_with_a_contrast_of_0(folder, tiny_model, mo
         assert settings_of(folder / "out.png").get("skip_flat_tiles") == contrast
 
 
+# --region-prompts
+
+
+def region_options(tiny_model):
+    return [
+        "--use-flux",
+        "--model",
+        tiny_model,
+        "--device",
+        "cpu",
+        "--steps",
+        "1",
+        "--scale",
+        "2",
+        "--tile-size",
+        "16",
+    ]
+
+
+@pytest.mark.parametrize("prompt", [None, "a photo"])
+def test_region_prompts_give_what_the_pipeline_gives(folder, tiny_model, prompt):
+    import torch
+
+    from pipeline_flux_dino_tile import FluxDinoTilePipeline
+
+    regions = [
+        DOG,
+        {"prompt": "a cat", "box": [0.5, 0, 1, 0.5]},
+        {"prompt": "sharp", "box": None},
+        {"prompt": "night"},
+    ]
+    command = [folder / "photo.png", "-o", folder / "out.png", *region_options(tiny_model), "--tile-overlap", "0"]
+    command += [] if prompt is None else ["--prompt", prompt]
+    assert run(*command, "--region-prompts", save_regions(folder, *regions)) == 0
+
+    pipe = FluxDinoTilePipeline.from_pretrained(tiny_model)
+    pipe.load_dino_projector(tiny_model)
+    pairs = [] if prompt is None else [(prompt, None)]
+    pairs += [("a dög", (0, 0, 20, 12)), ("a cat", (20, 0, 40, 12)), ("sharp", None), ("night", None)]
+    size = {"upscale_factor": 2, "tile_size": 16, "tile_overlap": 0, "num_inference_steps": 1}
+    expected = pipe(image=photo(), prompt=pairs, **size, generator=torch.Generator().manual_seed(0)).images[0]
+    assert np.array_equal(np.asarray(Image.open(folder / "out.png")), np.asarray(expected))
+    settings = settings_of(folder / "out.png")
+    assert settings["region_prompts"] == regions and settings.get("prompt") == prompt
+
+
+def test_a_box_outside_of_a_picture_fails_before_a_model_is_loaded(folder, tiny_model, capsys, monkeypatch):
+    """Of a folder the larger pictures are made."""
+    photo(size=(40, 24)).save(folder / "large.png")
+    regions = save_regions(folder, {"prompt": "a dog", "box": [0, 0, 41, 24]})
+    options = [*region_options(tiny_model), "--tile-overlap", "0", "--region-prompts", regions]
+    with monkeypatch.context() as patch:
+        forbid_loading(patch)
+        assert run(folder / "photo.png", *options) == 1
+    message = (
+        "photo.png: `prompt` must be pairs of a string and a box (left, top, right, bottom) in the output's 40x24 px"
+    )
+    assert message in last_error(capsys)
+    assert run(folder, "-o", folder / "out", *options) == 1
+    assert [path.name for path in files_in(folder / "out")] == ["large.png"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file or directory"),
+        ("", "Expecting value"),
+        ("[" * 100_000, "recursion"),
+        (b"\xff\xfe[]", "codec can't decode"),
+        ("[]", 'must be a list of entries like {"prompt": "a red door", "box": [0, 0.2, 0.5, 1]}, not []'),
+        ('{"prompt": "a", "box": [0, 0, 1, 1]}', "not {'prompt': 'a', "),
+        ('["a"]', "not 'a'"),
+        ('[{"prompt": "a"}, {"box": [0, 0, 1, 1]}]', "not {'box': [0, 0, 1, 1]}"),
+        ('[{"prompt": 3}]', "not {'prompt': 3}"),
+        ('[{"prompt": "a", "boxes": [0, 0, 1, 1]}]', "not {'prompt': 'a', 'boxes'"),
+        ('[{"prompt": "a", "box": [0, 0, 1]}]', "not {'prompt': 'a', 'box': [0, 0, 1]}"),
+        ('[{"prompt": "a", "box": [0, 0, 1, "1"]}]', "not {'prompt': 'a', 'box': [0, 0, 1, '1']}"),
+        ('[{"prompt": "a", "box": [0, 0, 1, true]}]', "not {'prompt': 'a', 'box': [0, 0, 1, True]}"),
+        ('[{"prompt": "a", "box": "left"}]', "not {'prompt': 'a', 'box': 'left'}"),
+        (json.dumps([{"prompt": "a" * 30_000}]), "must have at most 30000 characters, not 30016"),
+    ],
+)
+def test_a_file_without_regions_is_wrong_usage(folder, capsys, content, message):
+    path = folder / "regions.json"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    error = usage_error(capsys, folder / "photo.png", "--use-flux", "--model", "owner/name", "--region-prompts", path)
+    assert f"argument --region-prompts: {path}: " in error and message in error
+
+
+def test_regions_of_the_longest_file_are_in_the_settings_of_a_jpeg(folder, tiny_model, capsys):
+    """Read back with the mark that some editors put before the text."""
+    regions = [{"prompt": "é" * 4996}]
+    assert len(json.dumps(regions)) in range(29_990, 30_001)
+    (folder / "regions.json").write_text(json.dumps(regions), encoding="utf-8-sig")
+    options = [*region_options(tiny_model), "--tile-overlap", "0", "--region-prompts", folder / "regions.json"]
+    assert run(folder / "photo.png", folder / "out.jpg", *options) == 0
+    assert settings_of(folder / "out.jpg")["region_prompts"] == regions
+    assert "EXIF" not in capsys.readouterr().out
+
+
 def set_config(folder, file, **values):
     path = Path(folder, file)
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
@@ -1071,8 +1182,9 @@ def test_a_prompt_needs_text_encoders(folder, tiny_model, capsys, monkeypatch):
         set_config(model, "model_index.json", **{name: [None, None]})
         error = usage_error(capsys, folder / "photo.png", "--use-flux", "--model", model, "--prompt", "a dog")
         assert f"--prompt needs text encoders, and --model {model} has none" in error
-    error = usage_error(capsys, folder / "photo.png", "--use-flux", "--prompt", "a dog")
-    assert "--prompt needs text encoders, and --model embedded has none" in error
+    for options in (["--prompt", "a dog"], ["--region-prompts", save_regions(folder, DOG)]):
+        error = usage_error(capsys, folder / "photo.png", "--use-flux", *options)
+        assert f"{options[0]} needs text encoders, and --model embedded has none" in error
 
 
 @pytest.mark.parametrize("more", [[], ["--plan"]])
@@ -1124,6 +1236,8 @@ def test_text_tokens_of_a_projector_that_carries_the_empty_prompt(folder, tiny_m
         (["--text-tokens", "64"], 64),
         (["--prompt", "a dog"], 256),
         (["--prompt", "a dog", "--text-tokens", "128"], 128),
+        (["--region-prompts", save_regions(folder, DOG)], 256),
+        (["--region-prompts", save_regions(folder, DOG), "--text-tokens", "128"], 128),
     ):
         assert run(*command, "--plan", *options) == 0
         assert f" image + {count} text + " in capsys.readouterr().out
@@ -1154,9 +1268,8 @@ def flux_command(folder, tiny_model, *more):
     return [*arguments, "--steps", "3", "--tile-size", "32", "--tile-overlap", "16", "--device", "cpu", *more]
 
 
-@pytest.fixture
-def interrupted(folder, tiny_model, monkeypatch):
-    """A folder in which Ctrl-C came in the last step."""
+def run_interrupted(monkeypatch, command):
+    """Runs the command until Ctrl-C comes in the last step."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     with monkeypatch.context() as patch:
@@ -1168,7 +1281,13 @@ def interrupted(folder, tiny_model, monkeypatch):
             return step(self, *arguments, **kwargs)
 
         patch.setattr(FlowMatchEulerDiscreteScheduler, "step", interrupt)
-        assert run(*flux_command(folder, tiny_model, "--resume")) == 130
+        assert run(*command) == 130
+
+
+@pytest.fixture
+def interrupted(folder, tiny_model, monkeypatch):
+    """A folder in which Ctrl-C came in the last step."""
+    run_interrupted(monkeypatch, flux_command(folder, tiny_model, "--resume"))
     assert (folder / ".out.png.checkpoint").is_dir()
     return folder
 
@@ -1190,6 +1309,20 @@ def test_resume_goes_on_with_the_image(interrupted, tiny_model, monkeypatch):
     assert (interrupted / "out.png").read_bytes() == result
     assert len(calls) == 3 * resumed_calls > 0
     assert "checkpoint" not in json.dumps(settings_of(interrupted / "out.png"))
+
+
+def test_resume_goes_on_with_regions_and_refuses_others(folder, tiny_model, capsys, monkeypatch):
+    command = flux_command(folder, tiny_model, "--region-prompts", save_regions(folder, DOG))
+    run_interrupted(monkeypatch, [*command, "--resume"])
+    save_regions(folder, {**DOG, "box": [0, 0, 40, 12]})
+    assert run(*command, "--resume") == 1
+    error = last_error(capsys)
+    assert "prompt is [['a dög', [0, 0, 40, 12]]], in the checkpoint [['a dög', [0, 0, 20, 12]]]" in error
+    save_regions(folder, DOG)
+    assert run(*command, "--resume") == 0
+    result = (folder / "out.png").read_bytes()
+    assert run(*command, "--overwrite") == 0
+    assert (folder / "out.png").read_bytes() == result
 
 
 def test_resume_with_other_settings_fails_and_names_them(interrupted, tiny_model, capsys):
