@@ -17,32 +17,48 @@
 import argparse
 import gc
 import json
+import math
+import os
 import platform
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime, timezone
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise, product
+from multiprocessing import get_context
 from operator import itemgetter
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import diffusers
 import torch
+import torch.nn.functional as F
 import transformers
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline, FluxTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    FirstBlockCacheConfig,
+    FlowMatchEulerDiscreteScheduler,
+    FluxImg2ImgPipeline,
+    FluxTransformer2DModel,
+    MagCacheConfig,
+)
+from diffusers.hooks import TaylorSeerCacheConfig
+from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS
 from diffusers.models.attention import AttentionModuleMixin
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
+from flux_dino_tile.embedded import DEMO_FOLDER
 from flux_dino_tile.loading import choose_device, compile_models, is_quantized_layer, quantization_config
 from flux_dino_tile.messages import Parser, UsageError, number, run_script
 from flux_dino_tile.plans import transformer_flops
 from pipeline_flux_dino_tile import (
-    TOKENS_BESIDE_IMAGE,
     DinoProjector,
     FluxDinoTilePipeline,
     PromptBranch,
@@ -62,7 +78,7 @@ class Preset(NamedTuple):
     }
     dino: dict = {"image_size": 518}
     projector: dict = {}
-    num_text_tokens: int = 512
+    num_text_tokens: int = 256  # as for schnell; twice as many, as for dev, are a second row
     matmul_side: int = 8192
     size: int = 4096
     tile_size: int | None = None
@@ -70,8 +86,14 @@ class Preset(NamedTuple):
     stock_tile_size: int = 1024
     stock_tile_overlap: int = 128
     tile_sides: tuple[int, ...] = (768, 896, 1024, 1136)
-    # Text tokens, and the side of the grid of DINO tokens.
-    token_budgets: tuple[tuple[int, int], ...] = ((128, 16), (256, 16), (512, 0), (512, 16), (512, 32))
+    # Text tokens, side of the grid of DINO tokens, DINO strength: first the defaults, without DINO.
+    step_conditions: tuple[tuple[int, int, float], ...] = (
+        (256, 16, 0),
+        (256, 16, 1),
+        (128, 16, 1),
+        (256, 32, 1),
+        (512, 16, 1),
+    )
 
 
 PRESETS = {
@@ -96,10 +118,18 @@ PRESETS = {
         stock_tile_size=64,
         stock_tile_overlap=8,
         tile_sides=(32, 64),
-        token_budgets=((16, 4), (32, 0), (32, 4)),
+        step_conditions=((32, 4, 0), (32, 4, 1), (16, 4, 1), (64, 4, 1)),
     ),
 }
-VARIANTS = ("eager", "cudnn", "compiled", "compiled-cudnn", "fp8")
+PHOTO = Path(__file__).resolve().parents[1] / "samples" / "photo.jpg"
+STOCK = "stock loop"
+VARIANTS = ("eager", "cudnn", "compiled", "compiled-cudnn", "fp8", "caches")
+# diffusers' caches that go tile by tile, by the number of steps.
+CACHES: dict[str, Callable[[int], Any]] = {
+    "FirstBlockCache": lambda steps: FirstBlockCacheConfig(threshold=0.1),
+    "MagCache": lambda steps: MagCacheConfig(num_inference_steps=steps, mag_ratios=FLUX_MAG_RATIOS),
+    "TaylorSeer": lambda steps: TaylorSeerCacheConfig(),
+}
 # By phase the component, or "" for the pipeline itself, and its method.
 PHASE_METHODS = {
     "DINO": ("", "encode_dino_tiles"),
@@ -109,17 +139,19 @@ PHASE_METHODS = {
 }
 # The heading and number format of every column, in the tables' order; without a format floats get three digits.
 COLUMNS = {
-    "name": ("run", ""),
     "recipe": ("recipe", ""),
+    "model": ("model", ""),
+    "num_steps": ("steps", ""),
+    "cache": ("cache", ""),
+    "phase": ("phase", ""),
+    "variant": ("variant", ""),
     "size": ("output px", ""),
     "limit_gib": ("allowed GiB", ".0f"),
     "tile_batch_size": ("tiles at once", ""),
-    "phase": ("phase", ""),
-    "variant": ("variant", ""),
-    "dino_strength": ("DINO", ""),
+    "dino_strength": ("DINO", "g"),
     "num_tokens": ("tokens", ""),
-    "num_text_tokens": ("of text", ""),
-    "num_dino_tokens": ("of DINO", ""),
+    "num_text_tokens": ("text tokens", ""),
+    "num_dino_tokens": ("DINO tokens", ""),
     "num_tiles": ("tiles", ""),
     "seconds": ("s", ".3f"),
     "ms": ("ms", ""),
@@ -138,13 +170,15 @@ COLUMNS = {
     "tile_side": ("tile px", ""),
     "step_ms": ("step ms", ".1f"),
     "vae_ms": ("VAE ms", ".1f"),
-    "us_per_token": ("4 steps + VAE, us per token", ".1f"),
-    "model_to_measured": ("planner's model / measured", ".3f"),
+    "us_per_token": ("all steps + VAE, us per token", ".1f"),
     "step_to_no_dino": ("step / without DINO", ".3f"),
     "warm_up_seconds": ("first tile, s", ""),
     "first_call_extra_s": ("first call, extra s", ""),
-    "given_strength_to_full": ("strength {dino_strength:g} / 1", ".3f"),
-    "full_strength_to_none": ("strength 1 / none", ".3f"),
+    "uncached_to_run": ("without / run", ".2f"),
+    "psnr": ("PSNR to without, dB", ".1f"),
+    "warm_cache_seconds": ("with a warm cache, s", ""),
+    "pays_after": ("pays after images", ""),
+    "warm_pays_after": ("with a warm cache", ""),
 }
 HEAD = """# Benchmark of flux-dino-tile
 
@@ -152,10 +186,11 @@ HEAD = """# Benchmark of flux-dino-tile
 - {versions}
 - random weights, preset {preset}, {dtype}; a {matmul_side}^3 matrix product runs at {ceiling} TFLOP/s, \
 the ceiling below
-- {input_size} -> {size} px, {steps} steps, DINO strength {dino_strength:g}; {tiles} tiles of {tile_size} px, \
-stock loop (eager, no DINO) {stock_tiles} of {stock_tile_size} px with {stock_tile_overlap} px overlap
-- medians after a warm-up of one tile: {image_repeats} of an image, {step_repeats} of a step; \
-the first tile and a first call take the time of compilation, where there is any"""
+- {input_size} -> {size} px, {steps} steps, {num_text_tokens} text tokens, DINO strength {dino_strength:g}; \
+{tiles} tiles of {tile_size} px, stock loop (eager, no DINO) {stock_tiles} of {stock_tile_size} px \
+with {stock_tile_overlap} px overlap
+- medians after a warm-up of one tile: {image_repeats} of an image, {step_repeats} of a step; the first tile and a \
+first call take the time of compilation, where there is any; the first of all starts with an empty cache"""
 
 
 def build_parser() -> Parser:
@@ -172,11 +207,13 @@ def build_parser() -> Parser:
     add("--dino-strength", metavar="FACTOR", type=number(float, 0, 100), default=0.6, help="0 to 100 (default: 0.6)")
     variants_help = f"of {', '.join(VARIANTS)}, with commas (default: the first three on CUDA, else eager)"
     add("--variants", metavar="LIST", help=variants_help)
+    budget_help = "leave out what would end later than this, by an estimate (default: 520, so under 9 minutes in all)"
+    add("--budget", metavar="SECONDS", type=number(float, 0), default=520, help=budget_help)
     second_help = "side of a second, larger output, for the first compiled variant, or the last (default: none)"
     add("--second-size", metavar="PX", type=number(int, 64), help=second_help)
     add("--repeats", metavar="N", type=number(int, 1), help="timed runs (default: 1 of an image, 5 of a step)")
     add("--json", metavar="FILE", type=Path, help="write the results here, after every measurement")
-    add("--markdown", metavar="FILE", type=Path, help="write the tables here")
+    add("--markdown", metavar="FILE", type=Path, help="write the tables here, likewise")
     return parser
 
 
@@ -190,6 +227,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     args.device = torch.empty(0, device=choose_device(args.device)).device  # with its index
     args.dtype = getattr(torch, args.dtype or ("float32" if args.device.type == "cpu" else "bfloat16"))
     args.variants = parse_variants(args.variants, args.device)
+    models = [variant for variant in args.variants if variant != "caches"]
+    args.main_variant = next(filter(is_compiled, models), models[-1] if models else None)
     args.image_repeats = args.repeats or 1
     args.step_repeats = args.repeats or 5
     for option, path in (("--json", args.json), ("--markdown", args.markdown)):
@@ -210,10 +249,14 @@ def parse_variants(text: str | None, device: torch.device) -> list[str]:
     return names
 
 
+def free_memory() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 def build_pipeline(kind: type[FluxImg2ImgPipeline], preset: Preset, device: torch.device, dtype: torch.dtype):
     """A stock or a DINO pipeline, with FLUX.1-schnell's scheduler and without text encoders."""
-    gc.collect()  # the last pipeline, before this one takes its place
-    torch.cuda.empty_cache()
+    free_memory()  # of the last pipeline, before this one takes its place
     torch.manual_seed(0)
     depth = len(preset.vae["block_out_channels"])
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * depth, "up_block_types": ["UpDecoderBlock2D"] * depth}
@@ -241,6 +284,10 @@ def build_pipeline(kind: type[FluxImg2ImgPipeline], preset: Preset, device: torc
     return pipe
 
 
+def is_compiled(variant: str) -> bool:
+    return "compiled" in variant or variant == "fp8"
+
+
 def apply_variant(pipe: FluxDinoTilePipeline, variant: str) -> None:
     if variant == "fp8":
         from torchao.quantization import quantize_
@@ -256,7 +303,7 @@ def apply_variant(pipe: FluxDinoTilePipeline, variant: str) -> None:
         for module in pipe.transformer.modules():
             if isinstance(module, AttentionModuleMixin):
                 module.set_attention_backend("_native_cudnn")
-    if "compiled" in variant or variant == "fp8":
+    if is_compiled(variant):
         compile_models(pipe)
 
 
@@ -372,20 +419,16 @@ def measure_step(pipe, plan, dino_strength: float, repeats: int, ceiling: float)
         time_calls(step, 1, device)
         seconds = time_calls(step, repeats, device)
     num_tokens, flops = count_step(pipe, plan, dino_strength)
-    record = {"dino_strength": dino_strength, "num_tokens": num_tokens, "ms": seconds * 1e3}
-    return {**record, **rates(flops, seconds, ceiling), "first_call_extra_s": max(0.0, first - seconds)}
-
-
-def step_ratios(variant: str, steps: list[dict], dino_strength: float) -> dict:
-    ms = {step["dino_strength"]: step["ms"] for step in steps if step["variant"] == variant}
-    ratios = {"given_strength_to_full": ms[dino_strength] / ms[1.0], "full_strength_to_none": ms[1.0] / ms[0.0]}
-    return {"variant": variant, **ratios}
+    num_dino_tokens = num_tokens - embeds.shape[1] - plan.tokens_per_tile
+    counts = {"num_tokens": num_tokens, "num_text_tokens": embeds.shape[1], "num_dino_tokens": num_dino_tokens}
+    times = {"ms": seconds * 1e3, "first_call_extra_s": max(0.0, first - seconds)}
+    return {"dino_strength": dino_strength, **counts, **times, **rates(flops, seconds, ceiling)}
 
 
 def measure_image(
-    name: str, warm_up: Callable, run: Callable, num_tiles: int, repeats: int, device: torch.device
-) -> tuple[dict, dict]:
-    """A whole image's record and the seconds by phase that `run` returns, for the median run, after a warm-up."""
+    variant: str, warm_up: Callable, run: Callable, num_tiles: int, repeats: int, device: torch.device
+) -> tuple[dict, Any]:
+    """A whole image's record and what `run` returns, for the median run, after a warm-up."""
     start = synchronized_time(device)
     warm_up()
     warm_up_seconds = synchronized_time(device) - start
@@ -394,13 +437,13 @@ def measure_image(
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         start = synchronized_time(device)
-        phase_seconds = run()
+        result = run()
         seconds = synchronized_time(device) - start
         peak_gib = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
-        runs.append((seconds, peak_gib, phase_seconds))
-    seconds, peak_gib, phase_seconds = sorted(runs, key=itemgetter(0))[(repeats - 1) // 2]
-    record = {"name": name, "seconds": seconds, "num_tiles": num_tiles, "peak_gib": peak_gib}
-    return {**record, "warm_up_seconds": warm_up_seconds, "phases": []}, phase_seconds
+        runs.append((seconds, peak_gib, result))
+    seconds, peak_gib, result = sorted(runs, key=itemgetter(0))[(repeats - 1) // 2]
+    record = {"variant": variant, "seconds": seconds, "num_tiles": num_tiles, "peak_gib": peak_gib}
+    return {**record, "warm_up_seconds": warm_up_seconds, "phases": []}, result
 
 
 def phase_records(total: float, phase_seconds: dict, phase_flops: dict, ceiling: float) -> list[dict]:
@@ -423,12 +466,13 @@ def random_picture(side: int) -> Image.Image:
 
 
 def measure_pipeline_image(
-    pipe: FluxDinoTilePipeline, name: str, size: int, seconds: dict[str, float], preset: Preset, args
+    pipe: FluxDinoTilePipeline, variant: str, size: int, preset: Preset, args: argparse.Namespace
 ) -> tuple[dict, dict]:
-    """Enlarges to `size` px; `seconds` is what `time_methods` gave for this pipeline. One tile is the warm-up."""
+    """Enlarges to `size` px. One tile is the warm-up."""
     picture = random_picture(args.input_size)
     tiles: dict[str, Any] = {"tile_size": preset.tile_size, "tile_overlap": preset.tile_overlap}
     plan = pipe.plan_tiles(size, size, **tiles)
+    seconds = time_methods(pipe, PHASE_METHODS, args.device)
 
     def run(height: int, width: int) -> dict[str, float]:
         seconds.update(dict.fromkeys(seconds, 0.0))
@@ -445,8 +489,13 @@ def measure_pipeline_image(
         return dict(seconds)
 
     warm_up, whole = partial(run, plan.tile_height, plan.tile_width), partial(run, size, size)
-    record, phase_seconds = measure_image(name, warm_up, whole, len(plan), args.image_repeats, args.device)
-    return {**record, "seconds_per_mp": record["seconds"] / size**2 * 1e6}, phase_seconds
+    record, phase_seconds = measure_image(variant, warm_up, whole, len(plan), args.image_repeats, args.device)
+    return {**record, **describe_image(record, size, preset)}, phase_seconds
+
+
+def describe_image(record: dict, size: int, preset: Preset) -> dict:
+    counts = {"size": size, "num_text_tokens": preset.num_text_tokens}
+    return {**counts, "seconds_per_mp": record["seconds"] / size**2 * 1e6}
 
 
 def measure_stock_image(preset: Preset, args: argparse.Namespace) -> dict:
@@ -470,13 +519,14 @@ def measure_stock_image(preset: Preset, args: argparse.Namespace) -> dict:
         return {}
 
     warm_up, whole = partial(run, places[:1]), partial(run, places)
-    record = measure_image("stock loop", warm_up, whole, len(places), args.image_repeats, args.device)[0]
-    return {**record, "seconds_per_mp": record["seconds"] / args.size**2 * 1e6}
+    record = measure_image(STOCK, warm_up, whole, len(places), args.image_repeats, args.device)[0]
+    return {**record, **describe_image(record, args.size, preset), "stock_to_run": 1.0}
 
 
 @torch.no_grad()
-def measure_diffusers_tiling(pipe: FluxImg2ImgPipeline, args: argparse.Namespace) -> dict:
-    """What diffusers' own `vae.enable_tiling` takes for the whole image."""
+def measure_diffusers_tiling(preset: Preset, args: argparse.Namespace) -> dict:
+    """What diffusers' own `vae.enable_tiling` takes for the whole image, on a VAE that is not compiled."""
+    pipe = build_variant("eager", preset, args)
     pipe.vae.enable_tiling()
     pixels = torch.rand(1, 3, args.size, args.size, device=args.device, dtype=args.dtype) * 2 - 1
     latents = pipe.vae.encode(pixels).latent_dist.mean
@@ -484,117 +534,261 @@ def measure_diffusers_tiling(pipe: FluxImg2ImgPipeline, args: argparse.Namespace
         f"{name}_seconds": time_calls(partial(getattr(pipe.vae, name), values), args.image_repeats, args.device)
         for name, values in (("encode", pixels), ("decode", latents))
     }
-    pipe.vae.disable_tiling()
-    return {"name": "diffusers' tiling, eager", **seconds}
-
-
-def vae_records(report: dict) -> list[dict]:
-    """Seconds in the VAE for a whole image, by run, and how many times as long diffusers' tiling takes."""
-    records = [report["diffusers_tiling"]]
-    for image in report["images"]:
-        phases = {phase["phase"]: phase["seconds"] for phase in image["phases"]}
-        seconds = {f"{name}_seconds": phases.get(f"VAE {name}") for name in ("encode", "decode")}
-        if image["side"] == report["settings"]["size"]:
-            records.append({"name": image["name"], **seconds})
-    totals = [record["encode_seconds"] + record["decode_seconds"] for record in records]
-    return [{**record, "tiling_to_run": totals[0] / total} for record, total in zip(records, totals)]
+    return {"variant": "diffusers' tiling, eager", **seconds}
 
 
 @torch.no_grad()
-def measure_tile_sides(pipe: FluxDinoTilePipeline, preset: Preset, args: argparse.Namespace) -> list[dict]:
-    """Time of a step and of the VAE by the side of a tile, and how far the planner's cost model is from them."""
-    records = []
-    for side in preset.tile_sides:
-        plan = pipe.plan_tiles(side, side, side, 0)
-        step = measure_step(pipe, plan, 1.0, args.step_repeats, 1.0)
-        pixels = torch.rand(1, 3, side, side, device=args.device, dtype=args.dtype) * 2 - 1
-        latents = pipe.vae.encode(pixels).latent_dist.mean
-        vae_ms = sum(
-            1e3 * time_calls(partial(method, values), args.step_repeats, args.device)
-            for method, values in ((pipe.vae.encode, pixels), (pipe.vae.decode, latents))
-        )
-        total_ms = args.steps * step["ms"] + vae_ms
-        cost = plan.tokens_per_tile + TOKENS_BESIDE_IMAGE
-        record = {"tile_side": side, "num_tokens": step["num_tokens"], "step_ms": step["ms"], "vae_ms": vae_ms}
-        records.append(
-            {**record, "us_per_token": 1e3 * total_ms / plan.tokens_per_tile, "cost_per_ms": cost / total_ms}
-        )
-    typical = median(record["cost_per_ms"] for record in records)
-    return [{**record, "model_to_measured": record.pop("cost_per_ms") / typical} for record in records]
+def measure_tile_side(build: Callable, side: int, args: argparse.Namespace) -> dict:
+    """Time of a step and of the VAE for a tile."""
+    pipe = build()
+    plan = pipe.plan_tiles(side, side, side, 0)
+    step = measure_step(pipe, plan, 1.0, args.step_repeats, 1.0)
+    pixels = torch.rand(1, 3, side, side, device=args.device, dtype=args.dtype) * 2 - 1
+    latents = pipe.vae.encode(pixels).latent_dist.mean
+    vae_ms = sum(
+        1e3 * time_calls(partial(method, values), args.step_repeats, args.device)
+        for method, values in ((pipe.vae.encode, pixels), (pipe.vae.decode, latents))
+    )
+    us_per_token = 1e3 * (args.steps * step["ms"] + vae_ms) / plan.tokens_per_tile
+    times = {"step_ms": step["ms"], "vae_ms": vae_ms, "us_per_token": us_per_token}
+    return {"tile_side": side, "num_tokens": step["num_tokens"], **times}
 
 
-def measure_token_budgets(pipe, plan, preset: Preset, args: argparse.Namespace) -> list[dict]:
-    """Time of a step for one tile by the number of text and DINO tokens."""
-    embeds, _ = pipe.default_prompt_embeds
-    token_grid = pipe.dino_projector.config.token_grid
-    records = []
-    for num_text_tokens, grid in preset.token_budgets:
-        pipe.dino_projector.prompt_embeds = embeds[:, :num_text_tokens]
-        pipe.dino_projector.register_to_config(token_grid=grid)
-        step = measure_step(pipe, plan, 1.0 if grid else 0.0, args.step_repeats, 1.0)
-        counts = {"num_tokens": step["num_tokens"], "num_text_tokens": num_text_tokens, "num_dino_tokens": grid**2}
-        records.append({**counts, "step_ms": step["ms"]})
-    pipe.dino_projector.prompt_embeds = embeds
-    pipe.dino_projector.register_to_config(token_grid=token_grid)
-    without = next(record["step_ms"] for record in records if record["num_dino_tokens"] == 0)
-    return [{**record, "step_to_no_dino": record["step_ms"] / without} for record in records]
+class Run(NamedTuple):
+    """One run of the benchmark: its settings, what is measured so far, and when it should end."""
+
+    args: argparse.Namespace
+    preset: Preset
+    plan: Any
+    report: dict
+    deadline: float  # of `time.perf_counter`
 
 
-def measure_variant(report: dict, preset: Preset, plan, phase_flops: dict, variant: str, args) -> None:
-    """Measures new models, with the whole image first, so that its compilation finds nothing that the steps left."""
-    ceiling = report["ceiling_tflops"]
+def measure(run: Run, key: str, name: str, num_tiles: float, variant: str, call: Callable[[], dict]) -> None:
+    """Adds a record to the report and saves it at once, or says that it would end after the deadline."""
+    needed = estimate_seconds(run.report["images"], num_tiles, variant)
+    left = max(0.0, run.deadline - time.perf_counter())
+    if needed < left:
+        log(name)
+        run.report[key].append(call())
+    else:
+        run.report["skipped"].append(f"{name}: takes about {needed:.0f} s, {left:.0f} s are left")
+        log(f"skipped: {run.report['skipped'][-1]}")
+    save(run)
+
+
+def estimate_seconds(images: list[dict], num_tiles: float, variant: str) -> float:
+    """For tiles with all their steps: the slowest image's pace, and to compile as long as the longest first tile."""
+    pace = max((image["seconds"] / image["num_tiles"] for image in images), default=0.0)
+    first_tiles = [image["warm_up_seconds"] for image in images if is_compiled(variant)]
+    return num_tiles * pace + max(first_tiles, default=0.0)
+
+
+def save(run: Run) -> None:
+    save_json(run.report, run.args.json)
+    if run.args.markdown is not None:
+        run.args.markdown.write_text(format_report(run.report))
+
+
+def build_variant(variant: str, preset: Preset, args: argparse.Namespace) -> FluxDinoTilePipeline:
+    torch.compiler.reset()
     pipe = build_pipeline(FluxDinoTilePipeline, preset, args.device, args.dtype)
     apply_variant(pipe, variant)
-    torch.compiler.reset()
-    if variant == args.variants[0]:
-        report["diffusers_tiling"] = measure_diffusers_tiling(pipe, args)
-    seconds = time_methods(pipe, PHASE_METHODS, args.device)
-    sizes = [args.size]
-    compiled = [name for name in args.variants if "compiled" in name]
-    if args.second_size is not None and variant == [*compiled, args.variants[-1]][0]:
-        sizes.append(args.second_size)
-    for size in sizes:
-        name = variant if size == args.size else f"{variant}, {size} px"
-        image, phase_seconds = measure_pipeline_image(pipe, name, size, seconds, preset, args)
-        scale = image["num_tiles"] / len(plan)
-        flops = {phase: scale * value for phase, value in phase_flops.items()}
-        phases = phase_records(image["seconds"], phase_seconds, flops, ceiling)
-        report["images"].append({**image, "side": size, "phases": phases})
-        save_json(report, args.json)
-    report["stock_to_variant"][variant] = report["stock"]["seconds"] / report["images"][-len(sizes)]["seconds"]
-    for dino_strength in dict.fromkeys((0.0, 1.0, args.dino_strength)):
-        log(f"{variant}: one step, DINO strength {dino_strength:g}")
-        step = measure_step(pipe, plan, dino_strength, args.step_repeats, ceiling)
-        report["steps"].append({"variant": variant, **step})
-        save_json(report, args.json)
-    report["step_ratios"].append(step_ratios(variant, report["steps"], args.dino_strength))
-    if variant == args.variants[0]:
-        log(f"{variant}: tiles of several sides, and several numbers of tokens")
-        report["tile_sides"] = measure_tile_sides(pipe, preset, args)
-        report["token_budgets"] = measure_token_budgets(pipe, plan, preset, args)
-    save_json(report, args.json)
+    return pipe
 
 
-def run_benchmark(args: argparse.Namespace) -> dict:
-    preset = PRESETS[args.preset]
+def build_skeleton(preset: Preset, size: int) -> tuple[FluxDinoTilePipeline, Any]:
+    """A pipeline without data, and its plan of a whole image."""
+    pipe = build_pipeline(FluxDinoTilePipeline, preset, torch.device("meta"), torch.float32)
+    return pipe, pipe.plan_tiles(size, size, preset.tile_size, preset.tile_overlap)
+
+
+def measure_stock(run: Run, preset: Preset) -> None:
+    name = f"{STOCK}: {preset.num_text_tokens} text tokens"
+    num_tiles = len(stock_places(preset, run.args.size)) + 1
+    measure(run, "images", name, num_tiles, "eager", partial(measure_stock_image, preset, run.args))
+
+
+def measure_whole(run: Run, variant: str, size: int, preset: Preset, build: Callable) -> None:
+    """The whole image and its phases."""
+    args = run.args
+    skeleton, plan = build_skeleton(preset, size)
+
+    def call() -> dict:
+        flops = count_phase_flops(skeleton, plan, args.steps, args.dino_strength)
+        image, phase_seconds = measure_pipeline_image(build(), variant, size, preset, args)
+        phases = phase_records(image["seconds"], phase_seconds, flops, run.report["ceiling_tflops"])
+        keys = {"variant": STOCK, "size": size, "num_text_tokens": preset.num_text_tokens}
+        stock = [x["seconds"] for x in run.report["images"] if keys.items() <= x.items()]
+        return {**image, "stock_to_run": stock[0] / image["seconds"] if stock else None, "phases": phases}
+
+    name = f"{variant}: {size} px, {preset.num_text_tokens} text tokens"
+    measure(run, "images", name, len(plan) + 1, variant, call)
+
+
+def measure_steps(run: Run, variant: str, build: Callable, conditions: list[tuple[int, int, float]]) -> None:
+    """A step for one tile by its text tokens, the side of its grid of DINO tokens, and their strength."""
+    args, steps = run.args, run.report["steps"]
+
+    def call(num_text_tokens: int, grid: int, strength: float) -> dict:
+        pipe = build()
+        embeds = pipe.dino_projector.prompt_embeds
+        pipe.dino_projector.prompt_embeds = embeds.new_zeros(1, num_text_tokens, embeds.shape[-1]).normal_()
+        pipe.dino_projector.register_to_config(token_grid=grid)
+        ceiling = run.report["ceiling_tflops"]
+        step = {"variant": variant, **measure_step(pipe, run.plan, strength, args.step_repeats, ceiling)}
+        without = [x["ms"] for x in [*steps, step] if x["variant"] == variant and x["dino_strength"] == 0]
+        return {**step, "step_to_no_dino": step["ms"] / without[0] if without else None}
+
+    for condition in dict.fromkeys(conditions):
+        name = "{}: one step, {} text tokens, {}^2 of DINO at strength {:g}".format(variant, *condition)
+        measure(run, "steps", name, count_step_tiles(args), variant, partial(call, *condition))
+
+
+def measure_variant(run: Run, variant: str) -> None:
+    """The whole image first, so that its compilation finds nothing that the steps left."""
+    args, preset = run.args, run.preset
+    build = cache(partial(build_variant, variant, preset, args))
+    measure_whole(run, variant, args.size, preset, build)
+    # The plain steps with other strengths come last.
+    strengths = (0.0, 1.0) if variant == args.main_variant != "eager" else ()
+    defaults = preset.step_conditions[0][:2]
+    measure_steps(run, variant, build, [(*defaults, strength) for strength in (*strengths, args.dino_strength)])
+
+
+def measure_caches(run: Run) -> None:
+    """diffusers' caches on two tiles, dev's architecture for the speed and trained weights for the picture."""
+    args, preset = run.args, run.preset
+    dev = preset._replace(
+        num_text_tokens=2 * preset.num_text_tokens, transformer={**preset.transformer, "guidance_embeds": True}
+    )
+    models = {
+        "dev, random weights": (partial(build_variant, "eager", dev, args), run.plan.tile_height, preset.tile_overlap),
+        "embedded": (partial(load_embedded, args.device), 256, 64),
+    }
+    for model, (build, tile_size, overlap) in models.items():
+        pipe = cache(build)
+        plain: dict = {}
+        for num_steps, name in product((12, 28), ("none", *CACHES)):
+            call = partial(measure_cache, pipe, model, num_steps, name, plain, tile_size, overlap, args)
+            label = f"{model}: {num_steps} steps, cache {name}"
+            measure(run, "caches", label, 2 * num_steps / args.steps, "caches", call)
+
+
+def load_embedded(device: torch.device) -> FluxDinoTilePipeline:
+    pipe = FluxDinoTilePipeline.from_pretrained(DEMO_FOLDER).to(device)
+    pipe.load_dino_projector(DEMO_FOLDER)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def measure_cache(
+    build: Callable, model: str, num_steps: int, name: str, plain: dict, tile_size: int, overlap: int, args
+) -> dict:
+    """Seconds and picture of two tiles; `plain` takes both without a cache, for what follows."""
+    pipe = build()
+    height, width = tile_size, 2 * tile_size - overlap
+    options: dict[str, Any] = {"height": height, "width": width, "tile_size": tile_size, "tile_overlap": overlap}
+    options |= {"dino_conditioning_scale": args.dino_strength, "start_sigma": 0.35, "output_type": "pt"}
+    picture = Image.open(PHOTO).convert("RGB").resize((width // 4, height // 4))
+
+    def enlarge(num_steps: int) -> torch.Tensor:
+        return pipe(image=picture, num_inference_steps=num_steps, generator=seeded(), **options).images
+
+    if pipe.transformer.is_cache_enabled:
+        pipe.transformer.disable_cache()
+    if name in CACHES:
+        pipe.transformer.enable_cache(CACHES[name](num_steps))
+    calls = partial(enlarge, 1), partial(enlarge, num_steps)
+    record, images = measure_image(name, *calls, 2, args.image_repeats, args.device)
+    seconds, uncached = plain.setdefault(num_steps, (record["seconds"], images))
+    error = F.mse_loss(images.float(), uncached.float()).item()
+    return {
+        "model": model,
+        "num_steps": num_steps,
+        "cache": name,
+        "seconds": record["seconds"],
+        "peak_gib": record["peak_gib"],
+        "uncached_to_run": seconds / record["seconds"],
+        "psnr": -10 * math.log10(error) if error else None,
+    }
+
+
+def count_step_tiles(args: argparse.Namespace) -> float:
+    """How many tiles with all their steps the calls of `measure_step` are worth."""
+    return (args.step_repeats + 2) / args.steps
+
+
+def measure_rest(run: Run) -> None:
+    """What belongs to the first compiled variant, or the last one, and to the plain pipeline."""
+    args, preset, variant = run.args, run.preset, run.args.main_variant
+    double = preset._replace(num_text_tokens=2 * preset.num_text_tokens)
+    if "eager" in args.variants:
+        # The VAE takes about a quarter of a tile's time, and all tiles are encoded twice.
+        num_tiles = len(stock_places(preset, args.size)) / 2
+        measure(
+            run, "tiling", "diffusers' tiling", num_tiles, "eager", partial(measure_diffusers_tiling, preset, args)
+        )
+    if is_compiled(variant):
+        name = f"{variant}: first tile in a new process"
+        measure(run, "warm_start", name, 2, variant, partial(measure_warm_start, run))
+    if args.second_size is not None:
+        measure_whole(run, variant, args.second_size, preset, partial(build_variant, variant, preset, args))
+    measure_stock(run, double)
+    measure_whole(run, variant, args.size, double, partial(build_variant, variant, double, args))
+    if "eager" in args.variants:
+        build = cache(partial(build_variant, "eager", preset, args))
+        measure_steps(run, "eager", build, [*preset.step_conditions])
+        for side in preset.tile_sides:
+            call = partial(measure_tile_side, build, side, args)
+            measure(run, "tile_sides", f"eager: tiles of {side} px", 2 * count_step_tiles(args), "eager", call)
+
+
+def measure_warm_start(run: Run) -> dict:
+    """A new process finds the code that this one compiled on the disk, and must load it."""
+    free_memory()
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        seconds = pool.submit(time_first_tile, run.args, run.plan.tile_height).result()
+    return {"variant": run.args.main_variant, "warm_cache_seconds": seconds}
+
+
+def time_first_tile(args: argparse.Namespace, side: int) -> float:
+    preset, variant = PRESETS[args.preset], args.main_variant
+    prepare_device(args)
+    pipe = build_variant(variant, preset, args)
+    return measure_pipeline_image(pipe, variant, side, preset, args)[0]["warm_up_seconds"]
+
+
+def prepare_device(args: argparse.Namespace) -> None:
     if args.device.type == "cuda":
         torch.cuda.set_device(args.device)
     if args.device.type == "cpu" and args.preset == "small":
         # Threads cost more than they give, above all beside other programs.
         torch.set_num_threads(1)
-    skeleton = build_pipeline(FluxDinoTilePipeline, preset, torch.device("meta"), torch.float32)
-    plan = skeleton.plan_tiles(args.size, args.size, preset.tile_size, preset.tile_overlap)
-    phase_flops = count_phase_flops(skeleton, plan, args.steps, args.dino_strength)
+
+
+def run_benchmark(args: argparse.Namespace) -> dict:
+    deadline, preset = time.perf_counter() + args.budget, PRESETS[args.preset]
+    prepare_device(args)
+    _, plan = build_skeleton(preset, args.size)
     report: dict = {"machine": describe_machine(args.device), "settings": describe_settings(preset, plan, args)}
     log("matrix product")
     report["ceiling_tflops"] = measure_ceiling(preset.matmul_side, args.device, args.dtype)
-    log("stock loop: whole image")
-    report["stock"] = measure_stock_image(preset, args)
-    report |= {"images": [], "stock_to_variant": {}, "steps": [], "step_ratios": []}
-    save_json(report, args.json)
-    for variant in args.variants:
-        log(f"{variant}: whole image")
-        measure_variant(report, preset, plan, phase_flops, variant, args)
+    report |= {key: [] for key in ("images", "steps", "warm_start", "tiling", "tile_sides", "caches", "skipped")}
+    run = Run(args, preset, plan, report, deadline)
+    # An empty cache, so that the first tile shows what compiling takes.
+    with (
+        TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+        patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=folder),
+    ):
+        measure_stock(run, preset)
+        for variant in args.variants:
+            if variant == "caches":
+                measure_caches(run)
+            else:
+                measure_variant(run, variant)
+        if args.main_variant is not None:
+            measure_rest(run)
     return report
 
 
@@ -613,10 +807,10 @@ def describe_machine(device: torch.device) -> dict:
 
 
 def describe_settings(preset: Preset, plan, args: argparse.Namespace) -> dict:
-    options = ("preset", "input_size", "size", "steps", "dino_strength", "variants", "image_repeats", "step_repeats")
-    constants = ("matmul_side", "tile_overlap", "stock_tile_size", "stock_tile_overlap")
+    options = ("preset", "input_size", "size", "steps", "dino_strength", "variants", "main_variant", "budget")
+    constants = ("num_text_tokens", "matmul_side", "tile_overlap", "stock_tile_size", "stock_tile_overlap")
     return {
-        **{name: getattr(args, name) for name in options},
+        **{name: getattr(args, name) for name in (*options, "image_repeats", "step_repeats")},
         **{name: getattr(preset, name) for name in constants},
         "dtype": str(args.dtype).removeprefix("torch."),
         "tiles": len(plan),
@@ -638,10 +832,10 @@ def format_cell(value: Any, number_format: str) -> str:
     return format(value, number_format).replace("%", " %")
 
 
-def format_table(title: str, records: list[dict], settings: dict) -> str:
+def format_table(title: str, records: list[dict]) -> str:
     """A Markdown table with aligned columns, which reads well in a terminal too."""
     columns = {key: column for key, column in COLUMNS.items() if key in records[0]}
-    lines = [[heading.format(**settings) for heading, _ in columns.values()]]
+    lines = [[heading for heading, _ in columns.values()]]
     lines += [[format_cell(record[key], form) for key, (_, form) in columns.items()] for record in records]
     first, *others = (max(map(len, cells)) for cells in zip(*lines))
     texts = [" | ".join([cells[0].ljust(first), *map(str.rjust, cells[1:], others)]) for cells in lines]
@@ -650,26 +844,63 @@ def format_table(title: str, records: list[dict], settings: dict) -> str:
     return "\n".join([f"## {title}", "", header, f"|{rule}|", *rows])
 
 
+def compile_records(report: dict) -> list[dict]:
+    """Seconds until the first tile, and after how many images compiling pays, without and with a warm cache."""
+    images = {image["variant"]: image for image in reversed(report["images"])}  # the first of each
+    image, eager = images.get(report["settings"]["main_variant"]), images.get("eager")
+    if image is None or not is_compiled(image["variant"]):
+        return []
+    cold, warm = image["warm_up_seconds"], None
+    if report["warm_start"]:
+        warm = report["warm_start"][0]["warm_cache_seconds"]
+    pays = {
+        "pays_after": count_until_paid(cold, image, eager),
+        "warm_pays_after": count_until_paid(warm, image, eager),
+    }
+    return [{"variant": image["variant"], "warm_up_seconds": cold, "warm_cache_seconds": warm, **pays}]
+
+
+def count_until_paid(first_seconds: float | None, image: dict, eager: dict | None) -> int | None:
+    """Images after which compiling has saved what its first tile takes longer, if it ever does."""
+    if first_seconds is None or eager is None or eager["seconds"] <= image["seconds"]:
+        return None
+    return max(1, math.ceil((first_seconds - eager["warm_up_seconds"]) / (eager["seconds"] - image["seconds"])))
+
+
+def vae_records(report: dict) -> list[dict]:
+    """Seconds in the VAE for a whole image, and how many times as long diffusers' tiling takes."""
+    records = list(report["tiling"])
+    for image in report["images"]:
+        seconds = {phase["phase"]: phase["seconds"] for phase in image["phases"]}
+        if seconds and image["size"] == report["settings"]["size"]:
+            times = {f"{name}_seconds": seconds[f"VAE {name}"] for name in ("encode", "decode")}
+            records.append({"variant": image["variant"], **times})
+    totals = [record["encode_seconds"] + record["decode_seconds"] for record in records]
+    tiling = totals[0] if report["tiling"] else None
+    return [{**record, "tiling_to_run": tiling and tiling / total} for record, total in zip(records, totals)]
+
+
 def format_report(report: dict) -> str:
     machine, settings = report["machine"], report["settings"]
-    table = partial(format_table, settings=settings)
     ceiling = format_cell(report["ceiling_tflops"], "")
     versions = ", ".join(f"{name} {machine[name]}" for name in list(machine)[2:] if machine[name] is not None)
-    stock_to_run = {"stock loop": 1.0, **report["stock_to_variant"]}
-    images = [
-        {**image, "stock_to_run": stock_to_run.get(image["name"])} for image in (report["stock"], *report["images"])
-    ]
-    steps = [{**step, "dino_strength": step["dino_strength"] or "none"} for step in report["steps"]]
-    parts = [
-        HEAD.format(**machine, **settings, versions=versions, ceiling=ceiling),
-        table("Whole image", images),
-        *(table(f"Phases of the whole image: {image['name']}", image["phases"]) for image in report["images"]),
-        table("One transformer step for one tile", steps),
-        table("Cost of DINO in a step", report["step_ratios"]),
-        table("VAE of the whole image", vae_records(report)),
-        table(f"Tiles of several sides: {settings['variants'][0]}", report["tile_sides"]),
-        table(f"A step by its tokens: {settings['variants'][0]}", report["token_budgets"]),
-    ]
+    skipped = [f"- skipped: {line}" for line in report["skipped"]]
+    tables = {
+        "Whole image": report["images"],
+        "Compiling": compile_records(report),
+        **{
+            "Phases of the whole image: {variant}, {size} px, {num_text_tokens} text tokens".format(**image): image[
+                "phases"
+            ]
+            for image in report["images"]
+        },
+        "One transformer step for one tile": report["steps"],
+        "VAE of the whole image": vae_records(report),
+        "Tiles of several sides: eager": report["tile_sides"],
+        "diffusers' caches, eager, two tiles": report["caches"],
+    }
+    parts = ["\n".join([HEAD.format(**machine, **settings, versions=versions, ceiling=ceiling), *skipped])]
+    parts += [format_table(title, records) for title, records in tables.items() if records]
     return "\n\n".join(parts) + "\n"
 
 
@@ -680,10 +911,7 @@ def log(text: str) -> None:
 def main(argv: list[str] | None = None) -> int:
     def script() -> None:
         args = parse_arguments(argv)
-        text = format_report(run_benchmark(args))
-        if args.markdown is not None:
-            args.markdown.write_text(text)
-        print(text, end="")
+        print(format_report(run_benchmark(args)), end="")
 
     return run_script("benchmark.py", script)
 

@@ -181,7 +181,7 @@ def main(argv: list[str] | None = None) -> int:
         device = torch.empty(0, device=choose_device(args.device)).device
         report: dict = {"machine": describe_machine(device), "runs": []}
         measure_recipes(args, device, report)
-        print(format_table("Runs within a limit of GPU memory", report["runs"], {}))
+        print(format_table("Runs within a limit of GPU memory", report["runs"]))
 
     return run_script("benchmark_memory.py", script)
 

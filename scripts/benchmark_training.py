@@ -73,7 +73,7 @@ def build_parser() -> Parser:
     add("--device", help="cuda, cuda:1 or cpu (default: the first that is there)")
     recipes_help = f"of {', '.join(RECIPES)}, with commas (default: plain,compiled)"
     add("--recipes", metavar="LIST", default="plain,compiled", help=recipes_help)
-    add("--text-tokens", metavar="N", type=number(int, 1, 512), help="(default: 512, small: 32)")
+    add("--text-tokens", metavar="N", type=number(int, 1, 512), help="(default: 256, small: 32)")
     checkpointing = "compute the blocks once, which needs far more memory"
     add("--no-gradient-checkpointing", action="store_true", help=checkpointing)
     add("--repeats", metavar="N", type=number(int, 1), default=5, help="timed steps (default: 5)")

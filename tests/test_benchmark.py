@@ -24,7 +24,7 @@ def outcome(tmp_path_factory):
     folder = tmp_path_factory.mktemp("benchmark")
     arguments = ["--preset", "small", "--device", "cpu", "--size", str(SIZE), "--steps", "2", "--repeats", "1"]
     files = ["--json", str(folder / "report.json"), "--markdown", str(folder / "report.md")]
-    assert benchmark.main([*arguments, "--dino-strength", "0.5", *files]) == 0
+    assert benchmark.main([*arguments, "--dino-strength", "0.5", "--second-size", "192", *files]) == 0
     return json.loads((folder / "report.json").read_text()), (folder / "report.md").read_text()
 
 
@@ -64,18 +64,22 @@ def test_run_records_machine_and_settings(outcome):
 def test_run_measures_every_step_condition(outcome):
     report, _ = outcome
     _, plan = skeleton_and_plan(SMALL, SIZE)
-    assert [step["dino_strength"] for step in report["steps"]] == [0.0, 1.0, 0.5]
-    without, full, half = (step["num_tokens"] for step in report["steps"])
-    assert without == SMALL.num_text_tokens + plan.tokens_per_tile
-    assert full == half == without + SMALL.projector["token_grid"] ** 2
+    conditions = [
+        (step["num_text_tokens"], step["num_dino_tokens"], step["dino_strength"]) for step in report["steps"]
+    ]
+    assert conditions == [(32, 16, 0.5), (32, 0, 0), (32, 16, 1), (16, 16, 1), (64, 16, 1)]
     for step in report["steps"]:
-        flops = transformer_flops(step["num_tokens"], inner_dim=128, num_layers=4)
+        num_tokens = step["num_text_tokens"] + step["num_dino_tokens"] + plan.tokens_per_tile
+        assert step["num_tokens"] == num_tokens
+        flops = transformer_flops(num_tokens, inner_dim=128, num_layers=4)
         assert step["tflops"] == pytest.approx(flops / (step["ms"] / 1e3) / 1e12)
         assert step["share_of_ceiling"] == pytest.approx(step["tflops"] / report["ceiling_tflops"])
+    ratio = report["steps"][2]["ms"] / report["steps"][1]["ms"]
+    assert report["steps"][2]["step_to_no_dino"] == pytest.approx(ratio)
 
 
 def test_shares_of_the_phases_sum_to_one(outcome):
-    (image,) = outcome[0]["images"]
+    image = outcome[0]["images"][1]
     assert [phase["phase"] for phase in image["phases"]] == [*benchmark.PHASE_METHODS, "host and rest"]
     assert all(phase["seconds"] > 0 for phase in image["phases"])
     assert math.fsum(phase["share"] for phase in image["phases"]) == pytest.approx(1)
@@ -85,9 +89,9 @@ def test_shares_of_the_phases_sum_to_one(outcome):
 def test_work_of_the_phases_counts_all_tiles_and_steps(outcome):
     report, _ = outcome
     pipe, plan = skeleton_and_plan(SMALL, SIZE)
-    phases = {phase["phase"]: phase for phase in report["images"][0]["phases"]}
-    assert report["images"][0]["num_tiles"] == len(plan) > 1
-    flops = transformer_flops(report["steps"][2]["num_tokens"], inner_dim=128, num_layers=4)
+    phases = {phase["phase"]: phase for phase in report["images"][1]["phases"]}
+    assert report["images"][1]["num_tiles"] == len(plan) > 1
+    flops = transformer_flops(report["steps"][0]["num_tokens"], inner_dim=128, num_layers=4)
     assert phases["denoise"]["tflop"] == pytest.approx(len(plan) * 2 * flops / 1e12)
     pixels = torch.empty(1, 3, 68, 68, device="meta")
     latents = torch.empty(1, 4, 34, 34, device="meta")
@@ -98,11 +102,16 @@ def test_work_of_the_phases_counts_all_tiles_and_steps(outcome):
     assert phases["DINO"]["tflop"] is None and phases["host and rest"]["tflops"] is None
 
 
-def test_ratio_of_the_stock_loop(outcome):
+def test_stock_loop_is_compared_with_as_many_text_tokens(outcome):
     report, _ = outcome
-    ratio = report["stock"]["seconds"] / report["images"][0]["seconds"]
-    assert report["stock_to_variant"] == {"eager": pytest.approx(ratio)}
-    assert report["stock"]["num_tiles"] == report["settings"]["stock_tiles"] > 1
+    images = report["images"]
+    found = [(image["variant"], image["size"], image["num_text_tokens"]) for image in images]
+    stock, eager, double = (benchmark.STOCK, SIZE, 32), ("eager", SIZE, 32), (benchmark.STOCK, SIZE, 64)
+    assert found == [stock, eager, ("eager", 192, 32), double, ("eager", SIZE, 64)]
+    assert images[0]["num_tiles"] == report["settings"]["stock_tiles"] > 1
+    assert images[1]["stock_to_run"] == pytest.approx(images[0]["seconds"] / images[1]["seconds"])
+    assert images[2]["stock_to_run"] is None
+    assert images[4]["stock_to_run"] == pytest.approx(images[3]["seconds"] / images[4]["seconds"])
 
 
 def test_markdown_has_every_table(outcome):
@@ -110,27 +119,68 @@ def test_markdown_has_every_table(outcome):
     titles = [line for line in text.splitlines() if line.startswith("## ")]
     assert titles == [
         "## Whole image",
-        "## Phases of the whole image: eager",
+        "## Phases of the whole image: eager, 128 px, 32 text tokens",
+        "## Phases of the whole image: eager, 192 px, 32 text tokens",
+        "## Phases of the whole image: eager, 128 px, 64 text tokens",
         "## One transformer step for one tile",
-        "## Cost of DINO in a step",
         "## VAE of the whole image",
         "## Tiles of several sides: eager",
-        "## A step by its tokens: eager",
     ]
     assert report["machine"]["date"] in text and f"diffusers {report['machine']['diffusers']}" in text
 
 
-def test_error_leaves_the_json_so_far(monkeypatch, tmp_path, capsys):
+def test_error_leaves_what_was_measured(monkeypatch, tmp_path, capsys):
     def fail(*_):
         raise RuntimeError("out of luck")
 
     monkeypatch.setattr(benchmark, "measure_step", fail)
-    path = tmp_path / "report.json"
+    files = ["--json", str(tmp_path / "report.json"), "--markdown", str(tmp_path / "report.md")]
     arguments = ["--preset", "small", "--device", "cpu", "--size", "64", "--steps", "1", "--repeats", "1"]
-    assert benchmark.main([*arguments, "--json", str(path)]) == 1
+    assert benchmark.main([*arguments, *files]) == 1
     assert capsys.readouterr().err.splitlines()[-1] == "benchmark.py: error: out of luck"
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert len(report["images"]) == 2 and report["steps"] == []
+    assert "| eager " in (tmp_path / "report.md").read_text()
+
+
+def test_what_does_not_fit_into_the_budget_is_skipped(tmp_path, capsys):
+    path = tmp_path / "report.json"
+    arguments = ["--preset", "small", "--device", "cpu", "--variants", "eager,compiled,caches", "--budget", "0"]
+    assert benchmark.main([*arguments, "--json", str(path)]) == 0
     report = json.loads(path.read_text())
-    assert report["stock"]["seconds"] > 0 and len(report["images"]) == 1 and report["steps"] == []
+    assert report["images"] == report["steps"] == report["caches"] == []
+    output, errors = capsys.readouterr()
+    assert report["skipped"][0] == "stock loop: 32 text tokens: takes about 0 s, 0 s are left"
+    for line in report["skipped"]:
+        assert f"- skipped: {line}" in output and f"benchmark.py: skipped: {line}" in errors
+
+
+def test_tiling_is_measured_on_a_vae_that_is_not_compiled(monkeypatch):
+    args = benchmark.parse_arguments(
+        ["--preset", "small", "--device", "cpu", "--size", "64", "--variants", "compiled"]
+    )
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: pytest.fail("compiled"))
+    record = benchmark.measure_diffusers_tiling(SMALL, args)
+    assert record["encode_seconds"] > 0 and record["decode_seconds"] > 0
+
+
+def test_a_new_process_takes_the_first_tile():
+    # Not compiled, which takes minutes.
+    args = benchmark.parse_arguments(["--preset", "small", "--device", "cpu", "--size", "64", "--steps", "1"])
+    _, plan = skeleton_and_plan(SMALL, 64)
+    record = benchmark.measure_warm_start(benchmark.Run(args, SMALL, plan, {}, 0.0))
+    assert record["variant"] == "eager" and record["warm_cache_seconds"] > 0
+
+
+def test_caches_are_compared_with_the_uncached_picture(pipe):
+    args = benchmark.parse_arguments(["--preset", "small", "--device", "cpu", "--repeats", "1"])
+    plain: dict = {}
+    plainly, cached = (
+        benchmark.measure_cache(lambda: pipe, "small", 12, name, plain, 68, 4, args) for name in ("none", "TaylorSeer")
+    )
+    assert plainly["psnr"] is None and plainly["uncached_to_run"] == 1
+    assert cached["psnr"] > 20
+    assert cached["uncached_to_run"] == pytest.approx(plainly["seconds"] / cached["seconds"])
 
 
 # ---- Variants ------------------------------------------------------------------------------------------------------
@@ -161,16 +211,23 @@ def test_rates():
     assert benchmark.rates(6e12, seconds=2.0, ceiling=4.0) == {"tflops": 3.0, "share_of_ceiling": 0.75}
 
 
-def test_step_ratios_of_one_variant():
-    times = {"eager": (100.0, 110.0, 121.0), "cudnn": (1.0, 1.0, 1.0)}
-    steps = [
-        {"variant": variant, "dino_strength": strength, "ms": ms}
-        for variant in times
-        for strength, ms in zip((0.0, 1.0, 0.6), times[variant])
+def test_estimate_takes_the_slowest_pace_and_the_longest_first_tile():
+    images = [
+        {"seconds": 20.0, "num_tiles": 10, "warm_up_seconds": 3.0},
+        {"seconds": 12.0, "num_tiles": 12, "warm_up_seconds": 40.0},
     ]
-    ratio = pytest.approx(1.1)
-    expected = {"variant": "eager", "given_strength_to_full": ratio, "full_strength_to_none": ratio}
-    assert benchmark.step_ratios("eager", steps, 0.6) == expected
+    assert benchmark.estimate_seconds(images, 5, "eager") == 10
+    assert benchmark.estimate_seconds(images, 5, "fp8") == 50
+    assert benchmark.estimate_seconds([], 5, "fp8") == 0
+
+
+def test_images_until_compiling_has_paid():
+    eager, compiled = {"seconds": 20.0, "warm_up_seconds": 5.0}, {"seconds": 14.0}
+    assert benchmark.count_until_paid(93.0, compiled, eager) == 15
+    assert benchmark.count_until_paid(4.0, compiled, eager) == 1
+    assert benchmark.count_until_paid(None, compiled, eager) is None
+    assert benchmark.count_until_paid(93.0, compiled, None) is None
+    assert benchmark.count_until_paid(93.0, eager, compiled) is None
 
 
 def test_phase_records_on_hand_made_numbers():
@@ -254,9 +311,9 @@ def test_stock_tiles_cover_the_image(preset, size):
 
 
 def test_format_table_aligns_columns():
-    records = [{"seconds": 1.25, "name": "eager", "phases": []}, {"seconds": 10.0, "name": "a", "phases": []}]
-    assert benchmark.format_table("Title", records, {"dino_strength": 0.6}) == (
-        "## Title\n\n| run   |      s |\n|-------|-------:|\n| eager |  1.250 |\n| a     | 10.000 |"
+    records = [{"seconds": 1.25, "variant": "eager", "phases": []}, {"seconds": 10.0, "variant": "a", "phases": []}]
+    assert benchmark.format_table("Title", records) == (
+        "## Title\n\n| variant |      s |\n|---------|-------:|\n| eager   |  1.250 |\n| a       | 10.000 |"
     )
 
 
@@ -293,7 +350,7 @@ def test_variants_by_device():
         (["--steps", "0"], "must be a whole number of at least 1"),
         (["--repeats", "1.5"], "must be a whole number of at least 1"),
         (["--dino-strength", "-1"], "must be a number from 0 to 100"),
-        (["--variants", "eager,fast"], "must be of eager, cudnn, compiled, compiled-cudnn, fp8, not 'fast'"),
+        (["--variants", "eager,fast"], "must be of eager, cudnn, compiled, compiled-cudnn, fp8, caches, not 'fast'"),
         (["--variants", ""], "not ''"),
         (["--variants", "cudnn"], "cudnn needs a CUDA device, not cpu"),
         (["--device", "toaster"], "--device toaster"),
