@@ -738,10 +738,10 @@ def measure_rest(run: Run) -> None:
     measure_whole(run, variant, args.size, double, partial(build_variant, variant, double, args))
     if "eager" in args.variants:
         build = cache(partial(build_variant, "eager", preset, args))
-        measure_steps(run, "eager", build, [*preset.step_conditions])
         for side in preset.tile_sides:
             call = partial(measure_tile_side, build, side, args)
             measure(run, "tile_sides", f"eager: tiles of {side} px", 2 * count_step_tiles(args), "eager", call)
+        measure_steps(run, "eager", build, [*preset.step_conditions])  # last, as it changes the tokens
 
 
 def measure_warm_start(run: Run) -> dict:

@@ -78,6 +78,12 @@ def test_run_measures_every_step_condition(outcome):
     assert report["steps"][2]["step_to_no_dino"] == pytest.approx(ratio)
 
 
+def test_tiles_of_every_side_have_the_default_tokens(outcome):
+    sides = outcome[0]["tile_sides"]
+    expected = [(32, 32 + 16 + 8 * 8), (64, 32 + 16 + 16 * 16)]
+    assert [(record["tile_side"], record["num_tokens"]) for record in sides] == expected
+
+
 def test_shares_of_the_phases_sum_to_one(outcome):
     image = outcome[0]["images"][1]
     assert [phase["phase"] for phase in image["phases"]] == [*benchmark.PHASE_METHODS, "host and rest"]
