@@ -870,9 +870,10 @@ def count_until_paid(first_seconds: float | None, image: dict, eager: dict | Non
 def vae_records(report: dict) -> list[dict]:
     """Seconds in the VAE for a whole image, and how many times as long diffusers' tiling takes."""
     records = list(report["tiling"])
+    headline = itemgetter("size", "num_text_tokens")
     for image in report["images"]:
         seconds = {phase["phase"]: phase["seconds"] for phase in image["phases"]}
-        if seconds and image["size"] == report["settings"]["size"]:
+        if seconds and headline(image) == headline(report["settings"]):
             times = {f"{name}_seconds": seconds[f"VAE {name}"] for name in ("encode", "decode")}
             records.append({"variant": image["variant"], **times})
     totals = [record["encode_seconds"] + record["decode_seconds"] for record in records]

@@ -135,6 +135,15 @@ def test_markdown_has_every_table(outcome):
     assert report["machine"]["date"] in text and f"diffusers {report['machine']['diffusers']}" in text
 
 
+def test_vae_is_compared_with_tiling_on_the_same_picture(outcome):
+    report, _ = outcome
+    tiling, eager = benchmark.vae_records(report)
+    phases = {phase["phase"]: phase["seconds"] for phase in report["images"][1]["phases"]}
+    assert (eager["encode_seconds"], eager["decode_seconds"]) == (phases["VAE encode"], phases["VAE decode"])
+    seconds = [record["encode_seconds"] + record["decode_seconds"] for record in (tiling, eager)]
+    assert tiling["tiling_to_run"] == 1 and eager["tiling_to_run"] == pytest.approx(seconds[0] / seconds[1])
+
+
 def test_error_leaves_what_was_measured(monkeypatch, tmp_path, capsys):
     def fail(*_):
         raise RuntimeError("out of luck")
