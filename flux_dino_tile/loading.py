@@ -180,6 +180,9 @@ def place(pipe: FluxDinoTilePipeline, device: torch.device, offload: str) -> Non
         pipe.enable_group_offload(onload_device=device, offload_type="leaf_level", use_stream=device.type == "cuda")
     else:
         pipe.to(device)
+    if device.type == "cpu":
+        # Else each convolution copies its input and output to a layout like this one.
+        pipe.vae.to(memory_format=torch.channels_last)
 
 
 def compile_models(pipe: FluxDinoTilePipeline) -> None:
