@@ -59,6 +59,8 @@ from .processes import Processes
 def main(argv: list[str] | None = None) -> int:
     # torch reads it when it is imported, and would show where in its code it was when another process went away.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # Read at the first tensor on the CPU: with huge pages, Linux takes a third less time to hand out memory.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     return run_script(COMMAND, partial(run_command, sys.argv[1:] if argv is None else argv))
 
 
