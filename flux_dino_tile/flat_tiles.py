@@ -28,14 +28,19 @@ FLAT_SQUARE = 64  # px
 FLAT_SPREAD = 0.3
 
 
-def tile_contrast(pixels: torch.Tensor) -> torch.Tensor:
+def square_contrasts(pixels: torch.Tensor) -> torch.Tensor:
     """
-    Contrast `(batch,)` of tiles `(batch, channels, height, width)` in [-1, 1], from 0 for a flat one to about 0.5: the
-    root mean square of what is finer than their [`low_frequencies`], on a scale of 0 to 1, in the busiest square of
-    `FLAT_SQUARE` px.
+    Contrast `(batch, rows, columns)` of the squares of `FLAT_SQUARE` px in tiles `(batch, channels, height, width)` in
+    [-1, 1], from 0 for a flat one to about 0.5: the root mean square of what is finer than the tiles'
+    [`low_frequencies`], on a scale of 0 to 1.
     """
     power = (pixels - low_frequencies(pixels)).square().mean(1, keepdim=True) / 4
-    return F.avg_pool2d(power, FLAT_SQUARE, ceil_mode=True).amax((1, 2, 3)).sqrt()
+    return F.avg_pool2d(power, FLAT_SQUARE, ceil_mode=True).sqrt()[:, 0]
+
+
+def tile_contrast(pixels: torch.Tensor) -> torch.Tensor:
+    """Contrast `(batch,)` of tiles in their busiest square, of [`square_contrasts`]."""
+    return square_contrasts(pixels).amax((1, 2))
 
 
 def feature_spread(features: torch.Tensor) -> torch.Tensor:
