@@ -29,7 +29,7 @@ from accelerate.utils import align_module_device
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 
-from pipeline_flux_dino_tile import FluxDinoTilePipeline, TilePlan, check
+from pipeline_flux_dino_tile import FluxDinoTilePipeline, Tile, TilePlan, check
 
 
 # The arguments of a call that decide the canvas after each step.
@@ -150,6 +150,32 @@ def settle_prompt(pipe: FluxDinoTilePipeline, arguments: dict[str, Any]) -> dict
 
     pipe.get_tile_prompts(ask, pipe.resize_image(call["image"], *size), plan, *size)
     return {**arguments, "prompt": said}
+
+
+def check_part(pipe: FluxDinoTilePipeline, call: dict[str, Any], refused: Sequence[str]) -> None:
+    """
+    Raises a `ValueError` unless a call, completed, makes one picture, of which a part can be painted by itself, and
+    the `refused` arguments are left out.
+    """
+    check("image", call["image"], not pipe.is_latents(call["image"]), "pixels, not latents")
+    check("image", len(call["image"]), len(call["image"]) == 1, "one picture")
+    for name in ("prompt", "prompt_embeds"):
+        count = len(call[name]) if isinstance(call[name], (list, torch.Tensor)) else 1
+        check(name, count, count == 1, "one for the picture")
+    check("num_images_per_prompt", call["num_images_per_prompt"], call["num_images_per_prompt"] == 1, "1")
+    for name in refused:
+        is_default = call[name] is None or (isinstance(call[name], (int, list, tuple)) and not call[name])
+        check(name, call[name], is_default, "left out where a part of a picture is painted")
+
+
+def part_arguments(pixels: torch.Tensor, part: Tile, plan: TilePlan) -> dict[str, Any]:
+    """What a call gets in place of the whole picture's arguments to paint a part of it; `pixels` are prepared."""
+    crop = pixels[part.slices()]
+    # Bytes as a PIL image, from which a call gets the same bytes.
+    image = crop / 2 + 0.5 if crop.is_floating_point() else PIL.Image.fromarray(crop[0].permute(1, 2, 0).numpy())
+    size = {"height": part.height, "width": part.width, "upscale_factor": None}
+    tile_size = plan.tile_height, plan.tile_width
+    return {"image": image, **size, "tile_size": tile_size, "output_type": "pil", "return_dict": True}
 
 
 def describe_call(pipe: FluxDinoTilePipeline, arguments: dict[str, Any]) -> dict[str, Any]:

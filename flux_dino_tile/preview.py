@@ -25,7 +25,7 @@ from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import ImageDraw, ImageFont
 
-from flux_dino_tile.calls import check_scheduler, complete_call
+from flux_dino_tile.calls import check_part, check_scheduler, complete_call, part_arguments
 from flux_dino_tile.flat_tiles import square_contrasts
 from pipeline_flux_dino_tile import LIMITS, FluxDinoTilePipeline, Tile, TilePlan, check, check_values
 
@@ -124,15 +124,7 @@ def check_preview(
 ) -> None:
     """Raises a `ValueError` unless the tiles of a call can be previewed."""
     check_scheduler(pipe)
-    check("image", call["image"], not pipe.is_latents(call["image"]), "pixels, not latents")
-    check("image", len(call["image"]), len(call["image"]) == 1, "one picture")
-    for name in ("prompt", "prompt_embeds"):
-        count = len(call[name]) if isinstance(call[name], (list, torch.Tensor)) else 1
-        check(name, count, count == 1, "one for the picture")
-    check("num_images_per_prompt", call["num_images_per_prompt"], call["num_images_per_prompt"] == 1, "1")
-    for name in REFUSED_ARGUMENTS:
-        is_default = call[name] is None or (isinstance(call[name], (int, list, tuple)) and not call[name])
-        check(name, call[name], is_default, "left out of a preview")
+    check_part(pipe, call, REFUSED_ARGUMENTS)
     is_right = isinstance(call["generator"], torch.Generator | None)
     check("generator", call["generator"], is_right, "a `torch.Generator`")
     for name, values in (("dino_conditioning_scale", scales), ("start_sigma", sigmas)):
@@ -184,31 +176,27 @@ def paint_tile(
     scales: list[float],
 ) -> list[list[PIL.Image.Image]]:
     """The tile for each start sigma and DINO scale, by calls in which it is a picture of its own."""
-    crop = pixels[tile.slices()]
-    start, noise = draw_start(pipe, crop, tile, plan, call["generator"])
-    # Bytes as a PIL image, of which a call gets the same bytes.
-    image = crop / 2 + 0.5 if crop.is_floating_point() else to_pil(crop / 255)
-    alone: dict[str, Any] = {"image": image, "height": tile.height, "width": tile.width, "upscale_factor": None}
-    alone |= {"tile_size": (tile.height, tile.width), "output_type": "pil", "return_dict": True}
+    start, noise = draw_start(pipe, pixels, tile, plan, call["generator"])
+    call = {**call, **part_arguments(pixels, tile, plan)}
     rows = []
     for sigma in sigmas:
         first = pipe.get_tile_timesteps(call["num_inference_steps"], None, None, sigma, plan)[:1]
         latents = pipe.pack_canvas(pipe.scheduler.scale_noise(start, first, noise))
-        settings = {**call, **alone, "start_sigma": sigma, "latents": latents}
-        rows.append([pipe(**{**settings, "dino_conditioning_scale": scale}).images[0] for scale in scales])
+        call |= {"start_sigma": sigma, "latents": latents}
+        rows.append([pipe(**{**call, "dino_conditioning_scale": scale}).images[0] for scale in scales])
     return rows
 
 
 def draw_start(
-    pipe: FluxDinoTilePipeline, crop: torch.Tensor, tile: Tile, plan: TilePlan, generator: torch.Generator | None
+    pipe: FluxDinoTilePipeline, pixels: torch.Tensor, tile: Tile, plan: TilePlan, generator: torch.Generator | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Latents of a tile's pixels and their noise, as a call draws them for the whole canvas. The generator keeps its
-    state.
+    Latents of a tile of a prepared image, and their noise, as a call draws them for the whole canvas. The generator
+    keeps its state.
     """
     generator = generator and generator.clone_state()
     alone = pipe.plan_tiles(tile.height, tile.width, (tile.height, tile.width))
-    posterior = pipe.encode_tiles(crop, alone)
+    posterior = pipe.encode_tiles(pixels[tile.slices()], alone)
     rows, columns = (length // pipe.vae_scale_factor for length in (plan.height, plan.width))
     canvas = posterior.new_zeros(*posterior.shape[:2], rows, columns)
     place = tile.slices(pipe.vae_scale_factor)
