@@ -14,7 +14,6 @@
 
 """What decides the result of a call, in a form that can be written down and compared."""
 
-import hashlib
 import inspect
 import json
 import numbers
@@ -29,6 +28,7 @@ from accelerate.utils import align_module_device
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 
+from flux_dino_tile.records import digest
 from pipeline_flux_dino_tile import FluxDinoTilePipeline, Tile, TilePlan, check
 
 
@@ -50,10 +50,6 @@ FREE_ARGUMENTS = (
     *("callback_on_step_end", "callback_on_step_end_tensor_inputs"),
 )
 SAMPLED_WEIGHTS = 16  # values of each weight by which a model is known
-
-
-def digest(buffer: Any) -> str:
-    return hashlib.sha256(buffer).hexdigest()[:16]
 
 
 def describe(value: Any) -> Any:

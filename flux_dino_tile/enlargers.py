@@ -14,13 +14,11 @@
 
 """Enlarging without FLUX, and what enlarging with it shares. Needs no torch."""
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
 from PIL import Image
 
-from . import __version__
 from .image_files import resize_strips
 
 
@@ -50,8 +48,3 @@ def as_source(result: Image.Image, source: Image.Image, alpha: Image.Image | Non
     if alpha is not None:
         result.putalpha(alpha)
     return result
-
-
-def software_text(scale: float, description: dict[str, Any]) -> str:
-    """What the EXIF tag Software says of a result."""
-    return f"flux-dino-tile {__version__} {json.dumps({'scale': scale, **description})}"

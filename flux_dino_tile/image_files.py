@@ -175,6 +175,36 @@ def upright_size(path: Path) -> tuple[int, int]:
     return (height, width) if is_turned else (width, height)
 
 
+def read_software(path: Path) -> str | None:
+    """The text of the EXIF tag Software, from the file's header."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with open_image(path) as image:
+            exif = read_png_exif(path, image) if isinstance(image, PngImageFile) else read_exif(image)
+            software = exif.get(ExifTags.Base.Software)
+    return software if isinstance(software, str) else None
+
+
+@contextmanager
+def limiting_pixels(allow_large_input: bool) -> Iterator[None]:
+    """Refuses pictures of more pixels than Pillow's limit while the context lasts, unless large ones are allowed."""
+    limit = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = None if allow_large_input else limit
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def read_for_flux(path: Path) -> Picture:
+    """The picture with 8 bits per channel, as FLUX takes and gives it."""
+    picture = read_picture(path)
+    if picture.image.mode == "F":
+        picture.image = grey_integers(picture.image, 255)
+        picture.notes.append("16 bits become 8 with FLUX")
+    return picture
+
+
 def read_picture(path: Path) -> Picture:
     """Reads the first frame, turned upright. Raises `OSError` if the file is no readable image."""
     with warnings.catch_warnings():

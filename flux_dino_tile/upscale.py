@@ -21,7 +21,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -29,10 +29,11 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from .enlargers import BicubicEnlarger, software_text
+from .enlargers import BicubicEnlarger
 from .image_files import (
     can_be_written_in_strips,
-    grey_integers,
+    limiting_pixels,
+    read_for_flux,
     read_picture,
     upright_size,
     write_picture,
@@ -54,6 +55,7 @@ from .messages import COMMAND, print_error, print_line, run_script
 from .options import Options, parse_arguments
 from .plans import check_tiles, print_plans
 from .processes import Processes
+from .records import describe_photo, software_text
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -75,16 +77,6 @@ def run_command(argv: list[str]) -> int:
     with limiting_pixels(options.allow_large_input), summarizing(jobs, options.summary if is_first else None):
         print_plans(jobs, options) if options.plan else upscale(jobs, options)
     return 1 if count_outcomes(jobs)["failed"] else 0
-
-
-@contextmanager
-def limiting_pixels(allow_large_input: bool) -> Iterator[None]:
-    limit = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = None if allow_large_input else limit
-    try:
-        yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
 
 
 def upscale(jobs: list[Job], options: Options) -> None:
@@ -152,13 +144,11 @@ def common_tile_size(pipe, jobs: list[Job], options: Options) -> tuple[int, int]
 
 
 def upscale_file(job: Job, get_enlarger: Callable, options: Options) -> str:
-    picture = read_picture(job.source)
-    if options.use_flux and picture.image.mode == "F":
-        picture.image = grey_integers(picture.image, 255)
-        picture.notes.append("16 bits become 8 with FLUX")
+    picture = read_for_flux(job.source) if options.use_flux else read_picture(job.source)
     # Not before there is a picture, because loading a model takes minutes.
     enlarger = get_enlarger()
     source, job.size = picture.image, target_size(picture.image.size, options.scale)
+    photo = {"photo": describe_photo(job.source, source)} if options.use_flux else {}
     more = {"checkpoint_dir": checkpoint_folder(job.target)} if options.resume else {}
     strips = None
     # Matching the colours takes the whole picture.
@@ -170,7 +160,7 @@ def upscale_file(job: Job, get_enlarger: Callable, options: Options) -> str:
         exhaust(strips)
         return "done"
     try:
-        software = software_text(options.scale, enlarger.description)
+        software = software_text(options.scale, {**enlarger.description, **photo})
         lost = write_picture(picture, job.target, software, strips, job.size)
     except Exception:
         if enlarger.process_group is not None:

@@ -27,13 +27,13 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from flux_dino_tile.diagnostics import upscale_with_diagnosis
-from flux_dino_tile.enlargers import software_text
 from flux_dino_tile.flux_enlarger import EXPECTED_ERRORS, FluxEnlarger
 from flux_dino_tile.image_files import Picture, grey_integers, read_picture, upright_size, write_picture
 from flux_dino_tile.jobs import register_heif, target_size
 from flux_dino_tile.loading import load_flux
 from flux_dino_tile.messages import Parser, UsageError, first_line, number, run_script
 from flux_dino_tile.options import Settings, add_flux_options, make_options
+from flux_dino_tile.records import software_text
 
 
 PAGE_OPTIONS = ("host", "port", "max_upload", "max_megapixels")
