@@ -16,7 +16,6 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from .enlargers import BicubicEnlarger, as_source, has_alpha
 from .flat_tiles import find_flat_tiles
 from .image_files import opaque_colors, resize_rows
 from .messages import first_line, print_line
-from .options import Settings
+from .options import PICTURE_SETTINGS, Settings
 from .processes import REMEDY, ProcessError
 from .regions import call_prompt
 from .resume import Checkpoint
@@ -42,13 +41,6 @@ from .sharing import is_first_process, sharing_tiles
 COMMON_ERRORS = (ValueError, FloatingPointError)
 # What it may raise at all, for programs that call it by these functions.
 EXPECTED_ERRORS = (*COMMON_ERRORS, OSError, RuntimeError, MemoryError)
-
-# The settings that do not decide what the picture looks like.
-MACHINE_SETTINGS = (
-    *("tile_batch_size", "device", "offload", "memory", "compile"),
-    *("resume", "checkpoint_steps", "worker_timeout"),
-)
-PICTURE_SETTINGS = [field.name for field in fields(Settings) if field.name not in MACHINE_SETTINGS]
 
 
 class FluxEnlarger:

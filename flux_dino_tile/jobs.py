@@ -15,8 +15,10 @@
 """The images of a run: which files go in, where the results go, and what became of each. Needs no torch."""
 
 import importlib.util
+import itertools
 import json
 import os
+import re
 import shutil
 import unicodedata
 from collections import Counter
@@ -40,6 +42,7 @@ OTHER_SUFFIXES = {
     *(".pcx", ".pfm", ".pgm", ".pnm", ".ppm", ".psb", ".psd", ".qoi", ".ras", ".sgi", ".svg", ".tga", ".wdp", ".xcf"),
     *(".apng", ".dib", ".heics", ".jpg2", ".jxs", ".mpo", ".xbm", ".xpm"),
 }
+LOSSLESS_SUFFIXES = (".png", ".tif", ".tiff")
 MOST_NAMES = 20  # in one line
 
 
@@ -66,6 +69,8 @@ class Job:
 
 def find_jobs(options: Options) -> tuple[list[Job], list[Path]]:
     """The images to enlarge, each with an output of its own, and the pictures in folders that cannot be read."""
+    if options.trial is not None:
+        return [find_trial(Path(options.inputs[0]), options)], []
     ending = f"_x{options.scale:g}_flux" if options.use_flux else f"_x{options.scale:g}"
     sources = list({os.path.abspath(name): Path(name) for name in options.inputs}.values())
     output = options.output
@@ -109,6 +114,27 @@ def choose_target(source: Path, output: str | None, ending: str) -> Path:
             f"{target}: the output must be a folder or end in {', '.join(WRITE_FORMATS)}; a new folder ends in /"
         )
     return target
+
+
+def find_trial(source: Path, options: Options) -> Job:
+    """
+    The one picture of a preview or of which a region is painted again; without a name of its own, its output gets one
+    that is free, so that tries stand side by side. A region is not written to a format that would change the rest.
+    """
+    if not os.path.exists(source):
+        raise UsageError(f"{source}: no such file or folder")
+    register_heif([source])
+    stem, suffix, ending = source.stem, ".png", f"_x{options.scale:g}_flux_preview"
+    if options.redo is not None:
+        stem, ending = re.sub(r"_redo(_\d+)?$", "", stem), "_redo"
+        suffix = source.suffix if source.suffix.lower() in LOSSLESS_SUFFIXES else suffix
+    target = choose_target(source.with_name(f"{stem}{suffix}"), options.output, ending)
+    if (options.output is None or is_folder_name(options.output)) and not options.overwrite:
+        names = itertools.chain([target], (target.with_stem(f"{target.stem}_{i}") for i in itertools.count(2)))
+        target = next(name for name in names if not os.path.lexists(name))
+    job = Job(source, target)
+    check_overwriting([job])
+    return job
 
 
 def find_folder_jobs(source: Path, output: Path) -> tuple[list[Job], list[Path]]:
@@ -225,7 +251,8 @@ def check_job(job: Job, options: Options) -> str:
         if os.path.isdir(checkpoint) and checkpoint.stat().st_mtime <= job.target.stat().st_mtime:
             shutil.rmtree(checkpoint, ignore_errors=True)
         return "skipped"
-    check_writable(job.target, target_size(upright_size(job.source), options.scale))
+    scale = 1 if options.redo is not None else options.scale
+    check_writable(job.target, target_size(upright_size(job.source), scale))
     return "ready"
 
 

@@ -58,6 +58,23 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], fl
     return parse
 
 
+def several(parse: Callable[[str], float]) -> Callable[[str], tuple[float, ...]]:
+    """An argparse type: values with commas between them."""
+    return lambda text: tuple(parse(part) for part in text.split(","))
+
+
+def whole_pixels(form: str) -> Callable[[str], tuple[int, ...]]:
+    """An argparse type: whole numbers of at least 0 with commas between them, as many as the form "X,Y" names."""
+
+    def parse(text: str) -> tuple[int, ...]:
+        parts = text.split(",")
+        if len(parts) != len(form.split(",")) or not all(re.fullmatch(r"\s*[0-9]{1,9}\s*", part) for part in parts):
+            raise argparse.ArgumentTypeError(f"must be {form} in whole pixels, not {text!r}")
+        return tuple(map(int, parts))
+
+    return parse
+
+
 def nonempty(text: str) -> str:
     """An argparse type: `Path("")` would be the current folder."""
     if not text:

@@ -26,8 +26,9 @@ from typing import Any
 
 from .architecture import Architecture, read_architecture
 from .embedded import EMBEDDED, locate_model
-from .image_files import READ_SUFFIXES
-from .messages import COMMAND, Parser, UsageError, nonempty, number
+from .image_files import READ_SUFFIXES, limiting_pixels
+from .messages import COMMAND, Parser, UsageError, nonempty, number, several, whole_pixels
+from .records import read_record
 from .regions import region_file
 
 
@@ -80,6 +81,14 @@ class Settings:
         return self.prompt is not None or self.region_prompts is not None
 
 
+# The settings that do not decide what the picture looks like.
+MACHINE_SETTINGS = (
+    *("tile_batch_size", "device", "offload", "memory", "compile"),
+    *("resume", "checkpoint_steps", "worker_timeout"),
+)
+PICTURE_SETTINGS = [field.name for field in fields(Settings) if field.name not in MACHINE_SETTINGS]
+
+
 @dataclass(frozen=True)
 class Options(Settings):
     """A whole command."""
@@ -92,6 +101,18 @@ class Options(Settings):
     summary: str | None = None
     allow_large_input: bool = False
     use_flux: bool = False
+    preview: bool = False
+    at: list[tuple[int, int]] | None = None
+    dino_strengths: tuple[float, ...] | None = None  # of a preview, as are the next
+    start_sigmas: tuple[float, ...] | None = None
+    redo: tuple[int, int, int, int] | None = None
+    photo: str | None = None
+    record: dict[str, Any] | None = None  # what the picture to redo says of how it was made
+
+    @property
+    def trial(self) -> str | None:
+        """The option by which a command works on a part of one picture."""
+        return "--preview" if self.preview else None if self.redo is None else "--redo"
 
 
 FLUX_OPTIONS = [field.name for field in fields(Settings)]
@@ -128,7 +149,10 @@ def build_parser() -> Parser:
         "photos_x4_flux/; formats that cannot be written become .png)",
     )
     parser.add_argument(
-        "--scale", type=number(float, 1, 8), default=4.0, help="enlargement of both sides, 1 to 8 (default: 4)"
+        "--scale",
+        type=number(float, 1, 8),
+        default=argparse.SUPPRESS,
+        help="enlargement of both sides, 1 to 8 (default: 4)",
     )
     parser.add_argument(
         "--overwrite",
@@ -159,6 +183,7 @@ def build_parser() -> Parser:
     )
     add_flux_options(parser)
     add_run_options(parser)
+    add_trial_options(parser)
     return parser
 
 
@@ -186,14 +211,15 @@ def add_flux_options(parser: Parser) -> None:
     add(
         "--dino-strength",
         metavar="FACTOR",
-        type=number(float, 0, 100),
-        help="weight of the DINO features, 0 to 100; 0 is off (default: 1)",
+        type=several(number(float, 0, 100)),
+        help="weight of the DINO features, 0 to 100; 0 is off (default: 1); several, such as 0,0.5,1, with --preview",
     )
     add(
         "--start-sigma",
         metavar="SIGMA",
-        type=number(float, 0.01, 1),
-        help="share of noise at the start, 0.01 to 1: the more, the more is invented (default: 0.35, or the model's)",
+        type=several(number(float, 0.01, 1)),
+        help="share of noise at the start, 0.01 to 1: the more, the more is invented (default: 0.35, or the model's); "
+        "several with --preview",
     )
     add(
         "--steps",
@@ -317,15 +343,105 @@ def add_run_options(parser: Parser) -> None:
     )
 
 
+def add_trial_options(parser: Parser) -> None:
+    """What paints a part of one picture."""
+    add = add_group(parser, "FLUX: a part of one picture (these need no --use-flux)")
+    add(
+        "--preview",
+        action="store_true",
+        help="before the whole picture is made, paint one tile of it with several --dino-strength (default: 0,0.5,1) "
+        "and --start-sigma (default: half, once and twice the usual), and write a sheet of them, "
+        "photo_x4_flux_preview.png",
+    )
+    add(
+        "--at",
+        metavar="X,Y",
+        type=whole_pixels("X,Y"),
+        action="append",
+        help="preview the tile at this place, in pixels of the photo; may be repeated (default: the most detailed)",
+    )
+    add(
+        "--redo",
+        metavar="X,Y,W,H",
+        type=whole_pixels("X,Y,W,H"),
+        help="the input is a picture made with FLUX: paint this region of it, in its pixels, again from its photo, "
+        "with its own settings but for those that are given, and write photo_x4_flux_redo.png; the rest stays as it "
+        "is",
+    )
+    add(
+        "--photo",
+        metavar="FILE",
+        type=nonempty,
+        help="the photo from which the picture to --redo was made (default: the file of its name beside the picture)",
+    )
+
+
 def parse_arguments(argv: list[str]) -> Options:
     if not argv:
         raise UsageError("no input is given (--help lists the arguments)")
-    given = vars(build_parser().parse_intermixed_args(argv))
+    parser = build_parser()
+    given = vars(parser.parse_intermixed_args(argv))
+    check_trial(given)
+    if "redo" in given:
+        given = take_up_settings(parser, given, argv)
+    if "redo" in given or "preview" in given:
+        given["use_flux"] = True
     for name in FLUX_OPTIONS:
         if name in given and not (given["use_flux"] or (given["plan"] and name in PLAN_OPTIONS)):
             raise UsageError(f"--{name.replace('_', '-')} needs --use-flux")
     inputs, output = split_paths(given.pop("paths"), given.pop("output"))
     return make_options(given | {"inputs": tuple(inputs), "output": output})
+
+
+def check_trial(given: dict[str, Any]) -> None:
+    """Raises if options do not go together that paint a part of one picture, or there are several pictures."""
+    for name, needed in (("at", "preview"), ("photo", "redo")):
+        if name in given and needed not in given:
+            raise UsageError(f"--{name} needs --{needed}")
+    trials = [name for name in ("preview", "redo") if name in given]
+    for trial in trials:
+        for other in (*trials, "plan", "resume"):
+            if other != trial and given.get(other):
+                raise UsageError(f"--{other} does not work with --{trial}")
+        inputs, _ = split_paths(given["paths"], given["output"])
+        if len(inputs) > 1 or os.path.isdir(inputs[0]):
+            raise UsageError(f"--{trial} takes one picture")
+
+
+def take_up_settings(parser: Parser, given: dict[str, Any], argv: list[str]) -> dict[str, Any]:
+    """What is given for a picture to redo, and the picture's own settings where nothing else is given."""
+    path = Path(given["paths"][0])
+    with limiting_pixels(given["allow_large_input"]):
+        record = read_record(path)
+    unknown = sorted(record.keys() - {*PICTURE_SETTINGS, "method", "scale", "photo", "redone"})
+    if unknown:
+        raise UsageError(f"--redo {path}: has settings that this version does not know: {', '.join(unknown)}")
+    for name in ("model", "projector"):
+        # Of a folder, only its name is noted.
+        if name not in given and name in record and record[name] != EMBEDDED and "/" not in str(record[name]):
+            raise UsageError(f"--redo {path}: was made with the folder {record[name]}: --{name} says where it is")
+    try:
+        own = vars(parser.parse_intermixed_args([*recorded_arguments(record), str(path)]))
+    except UsageError as error:
+        raise UsageError(f"--redo {path}: has a setting that cannot be: {error}") from None
+    if given.get("scale", own["scale"]) != own["scale"]:
+        raise UsageError(f"--scale {given['scale']:g}: {path} was enlarged {own['scale']:g} times: leave it out")
+    # Not an option's form: the two sides of a tile, which a compiled run notes.
+    if isinstance(record.get("tile_size"), list):
+        own["tile_size"] = tuple(record["tile_size"])
+    return {**own, **given, "record": record}
+
+
+def recorded_arguments(record: dict[str, Any]) -> list[str]:
+    """The settings of a picture as options of the command line."""
+    arguments = [f"--scale={record.get('scale')}"]
+    for name in PICTURE_SETTINGS:
+        value, option = record.get(name), name.replace("_", "-")
+        if isinstance(value, bool):
+            arguments.append(f"--{option}" if value else f"--no-{option}")
+        elif value is not None and not isinstance(value, list):
+            arguments.append(f"--{option}={value}")
+    return arguments
 
 
 def split_paths(paths: list[str], output: str | None) -> tuple[list[str], str | None]:
@@ -349,6 +465,15 @@ def split_paths(paths: list[str], output: str | None) -> tuple[list[str], str | 
 def make_options(given: dict[str, Any]) -> Options:
     """The options from those that are given. Checks what can be known to be wrong before torch is imported."""
     given = dict(given)
+    for name in ("dino_strength", "start_sigma"):
+        if name in given:
+            # One value as a number: what is not previewed has one.
+            values = given[name]
+            given[name] = values[0]
+            if given.get("preview"):
+                given[f"{name}s"] = values
+            elif len(values) > 1:
+                raise UsageError(f"--{name.replace('_', '-')}: several values need --preview")
     if given.get("color_fix") == "none":
         del given["color_fix"]
     if "memory" in given:

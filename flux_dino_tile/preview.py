@@ -131,8 +131,8 @@ def check_preview(
         check(name, values, len(values) > 0, "a number or several")
         for value in values:
             check_values(**{name: value})
-    # What the call checks too, but after a tile was encoded for it.
-    check_values(**{name: call[name] for name in LIMITS if name in call})
+    # What the calls check too, but after a tile was encoded; the size is checked.
+    check_values(**{name: call[name] for name in LIMITS if name in call and name != "upscale_factor"})
     kwargs = call["joint_attention_kwargs"] or {}
     for scale in scales:
         pipe.check_dino_inputs(False, plan, 1, scale, None, kwargs)

@@ -73,7 +73,13 @@ def find_photo(result: Path, record: dict[str, Any], given: str | None) -> Path:
     name = Path(record["photo"]["name"]).name
     photo = Path(given) if given is not None else result.parent / name
     if not os.path.isfile(photo) or os.path.samefile(photo, result):
-        place = photo if given is not None else f"{name}, from which it was made,"
+        place: Any = photo if given is not None else f"{name}, from which it was made,"
         hint = "" if given is not None else " beside it: --photo FILE says where it is"
         raise UsageError(f"--redo {result}: there is no {place}{hint}")
     return photo
+
+
+def check_photo(record: dict[str, Any], file: Path, photo: Image.Image) -> None:
+    """Raises a `ValueError` unless a picture with this record was made from the photo in this file."""
+    if digest(photo.tobytes()) != record["photo"]["digest"]:
+        raise ValueError(f"{file} is not the photo from which it was made, or was changed since")

@@ -72,10 +72,11 @@ def run_command(argv: list[str]) -> int:
     is_first = int(os.environ.get("RANK", 0)) == 0
     if left_out and is_first:
         print_line(f"left out: {describe_left_out(left_out)}")
-    if options.plan and not is_first:
+    if (options.plan or options.trial is not None) and not is_first:
         return 0
     with limiting_pixels(options.allow_large_input), summarizing(jobs, options.summary if is_first else None):
-        print_plans(jobs, options) if options.plan else upscale(jobs, options)
+        work = print_plans if options.plan else upscale if options.trial is None else run_trial
+        work(jobs, options)
     return 1 if count_outcomes(jobs)["failed"] else 0
 
 
@@ -113,6 +114,18 @@ def upscale(jobs: list[Job], options: Options) -> None:
     if len(jobs) > 1 and processes.is_first:
         outcomes = count_outcomes(jobs)
         print_line(", ".join(f"{outcomes[outcome]} {outcome}" for outcome in ("done", "skipped", "failed")))
+
+
+def run_trial(jobs: list[Job], options: Options) -> None:
+    """Paints a part of one picture: a preview of it, or a region again."""
+    (job,) = jobs
+    run_step(check_job, job, options)
+    if options.preview:
+        check_tiles(jobs, options)
+    if job.outcome == "ready":
+        from .trials import preview_file, redo_file
+
+        run_step(preview_file if options.preview else redo_file, job, options)
 
 
 def make_enlarger(options: Options, processes: Processes, shares_tiles: bool, jobs: list[Job]):

@@ -67,6 +67,7 @@ def test_tiles_that_do_not_overlap_are_those_of_the_picture(guidance_embeds, vae
 
 def test_a_picture_of_one_tile_is_its_preview(pipe):
     kwargs = {"tile_size": None, "start_sigma": 0.4, "dino_conditioning_scale": 1.0}
+    kwargs |= {"height": 120, "width": 144, "upscale_factor": None}
     shown = show(pipe, **kwargs)
     assert shown.tiles == [(0, 0, 120, 144)]
     assert shown.images[0][0][0].tobytes() == pipe(**settings(**kwargs)).images[0].tobytes()
