@@ -155,8 +155,9 @@ def check_part(pipe: FluxDinoTilePipeline, call: dict[str, Any], refused: Sequen
     """
     check("image", call["image"], not pipe.is_latents(call["image"]), "pixels, not latents")
     check("image", len(call["image"]), len(call["image"]) == 1, "one picture")
+    regions = pipe.check_tile_prompts(*(call[name] for name in ("prompt", "prompt_2", "image", "height", "width")))
     for name in ("prompt", "prompt_embeds"):
-        count = len(call[name]) if isinstance(call[name], (list, torch.Tensor)) else 1
+        count = len(call[name]) if isinstance(call[name], (list, torch.Tensor)) and regions is None else 1
         check(name, count, count == 1, "one for the picture")
     check("num_images_per_prompt", call["num_images_per_prompt"], call["num_images_per_prompt"] == 1, "1")
     for name in refused:
@@ -164,14 +165,41 @@ def check_part(pipe: FluxDinoTilePipeline, call: dict[str, Any], refused: Sequen
         check(name, call[name], is_default, "left out where a part of a picture is painted")
 
 
-def part_arguments(pixels: torch.Tensor, part: Tile, plan: TilePlan) -> dict[str, Any]:
+def part_prompt(pipe: FluxDinoTilePipeline, call: dict[str, Any], part: Tile) -> Any:
+    """The prompt of a call for a part of its picture: boxes, and those that a function gets, are moved to there."""
+    prompt: Any = pipe.check_tile_prompts(*(call[name] for name in ("prompt", "prompt_2", "image", "height", "width")))
+    if prompt is None:
+        return call["prompt"]
+    left, top, size = part.left, part.top, (part.width, part.height)
+    if callable(prompt):
+
+        def ask(image: PIL.Image.Image, box: tuple[int, int, int, int]) -> str:
+            right, bottom = min(box[2] + left, call["width"]), min(box[3] + top, call["height"])
+            place = box[0] + left, box[1] + top, right, bottom
+            return prompt(image.crop((0, 0, right - place[0], bottom - place[1])), place)
+
+        return ask
+    moved = []
+    for text, box in prompt:
+        first = max(0, box[0] - left), max(0, box[1] - top)
+        # At least 2 px, for a box of one in the corner would be read as the fractions of all.
+        last = [min(max(2, stop), length) for stop, length in zip((box[2] - left, box[3] - top), size)]
+        if box[2] > left and box[3] > top and all(start < stop for start, stop in zip(first, last)):
+            moved.append((text, (*first, *last)))
+    return moved or ""
+
+
+def part_arguments(
+    pipe: FluxDinoTilePipeline, call: dict[str, Any], pixels: torch.Tensor, part: Tile, plan: TilePlan
+) -> dict[str, Any]:
     """What a call gets in place of the whole picture's arguments to paint a part of it; `pixels` are prepared."""
     crop = pixels[part.slices()]
     # Bytes as a PIL image, from which a call gets the same bytes.
     image = crop / 2 + 0.5 if crop.is_floating_point() else PIL.Image.fromarray(crop[0].permute(1, 2, 0).numpy())
     size = {"height": part.height, "width": part.width, "upscale_factor": None}
     tile_size = plan.tile_height, plan.tile_width
-    return {"image": image, **size, "tile_size": tile_size, "output_type": "pil", "return_dict": True}
+    own = {"image": image, "prompt": part_prompt(pipe, call, part), **size, "tile_size": tile_size}
+    return {**own, "output_type": "pil", "return_dict": True}
 
 
 def describe_call(pipe: FluxDinoTilePipeline, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -177,7 +177,7 @@ def paint_tile(
 ) -> list[list[PIL.Image.Image]]:
     """The tile for each start sigma and DINO scale, by calls in which it is a picture of its own."""
     start, noise = draw_start(pipe, pixels, tile, plan, call["generator"])
-    call = {**call, **part_arguments(pixels, tile, plan)}
+    call = {**call, **part_arguments(pipe, call, pixels, tile, plan)}
     rows = []
     for sigma in sigmas:
         first = pipe.get_tile_timesteps(call["num_inference_steps"], None, None, sigma, plan)[:1]

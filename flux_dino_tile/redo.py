@@ -73,7 +73,7 @@ def redo(
     top, part_height = choose_span(y, height, overlap, plan.tile_height, plan.height, plan.pixels_per_token)
     left, part_width = choose_span(x, width, overlap, plan.tile_width, plan.width, plan.pixels_per_token)
     part = Tile(top, left, part_height, part_width)
-    own = part_arguments(pipe.resize_image(call["image"], size[1], size[0]), part, plan)
+    own = part_arguments(pipe, call, pipe.resize_image(call["image"], size[1], size[0]), part, plan)
     painted = pipe(**{**call, **own}).images
     if color_fix is not None:
         painted = match_color(pipe, painted, own["image"], color_fix)

@@ -65,6 +65,23 @@ def test_tiles_that_do_not_overlap_are_those_of_the_picture(guidance_embeds, vae
     assert len(painted) == 2 * len(SIGMAS) * len(SCALES)
 
 
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        [("sky", None), ("a dog", (97, 65, 144, 120)), ("grass", (0, 0.9, 0.5, 1))],
+        [("a dog", (0, 0, 48, 64))],
+        lambda image, box: f"{box} of {image.width}",
+    ],
+    ids=["regions", "one region", "function"],
+)
+def test_prompts_for_regions_are_those_of_the_picture(pipe, prompt):
+    kwargs = {"start_sigma": 0.6, "dino_conditioning_scale": 0.5, "prompt": prompt}
+    shown = show(pipe, at=[(10, 10), (71, 59)], **kwargs)
+    whole = pipe(**settings(**kwargs)).images[0]
+    for tile, images in zip(shown.tiles, shown.images):
+        assert np.array_equal(images[0][0], part(whole, tile))
+
+
 def test_a_picture_of_one_tile_is_its_preview(pipe):
     kwargs = {"tile_size": None, "start_sigma": 0.4, "dino_conditioning_scale": 1.0}
     kwargs |= {"height": 120, "width": 144, "upscale_factor": None}

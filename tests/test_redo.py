@@ -65,6 +65,14 @@ def test_the_region_and_a_border_change_and_nothing_else(pipe, result, region, r
     assert difference.mean() > 2
 
 
+def test_the_region_gets_the_prompts_of_the_boxes_there(pipe, result):
+    """Its tile lies from 32 px down and 48 px across: one box touches it, the other ends before."""
+    boxes = [("a dog", (60, 50, 80, 70)), ("sky", (0, 0, 48, 180))]
+    found = redo(pipe, result, REGION, **settings(seed=1, prompt=boxes))
+    assert found.tobytes() == redo(pipe, result, REGION, **settings(seed=1, prompt="a dog")).tobytes()
+    assert found.tobytes() != redo(pipe, result, REGION, **settings(seed=1, prompt="sky")).tobytes()
+
+
 @pytest.mark.parametrize("color_fix", [None, "wavelet", "adain"])
 def test_the_region_is_a_tile_of_the_photo_and_fades_by_the_tiles_ramp(pipe, result, color_fix):
     """A tile of its own with the region in its middle, from 32 px down and 48 px across."""
