@@ -128,7 +128,9 @@ def build_parser() -> Parser:
         "  %(prog)s photo.jpg --scale 4\n"
         "  %(prog)s photos/ enlarged/ --scale 2\n"
         "  %(prog)s *.jpg -o enlarged/\n"
-        "  %(prog)s photo.jpg --use-flux --model black-forest-labs/FLUX.1-schnell --offload model\n\n"
+        "  %(prog)s photo.jpg --use-flux --model black-forest-labs/FLUX.1-schnell --offload model\n"
+        "  %(prog)s photo.jpg --preview --start-sigma 0.1,0.2,0.4 --dino-strength 0,1\n"
+        "  %(prog)s photo_x4_flux.png --redo 240,100,200,180 --seed 1\n\n"
         "EXIF, ICC profile, transparency and 16-bit grey are kept; the settings go to the EXIF tag Software.\n"
         "Exit status: 0 all done, 1 an image failed, 2 wrong usage.",
     )

@@ -203,6 +203,7 @@ def draw_start(
     canvas[place] = posterior
     start = pipe.sample_latents(canvas, generator)
     noise = randn_tensor(start.shape, generator, start.device, torch.float32)
+    pipe.maybe_free_model_hooks()
     return start[place], noise[place]
 
 

@@ -23,7 +23,7 @@ from PIL import Image
 
 from .flux_enlarger import FluxEnlarger
 from .image_files import Picture, read_for_flux, read_picture, upright_size, write_picture
-from .jobs import Job, file_identity, target_size
+from .jobs import LOSSLESS_SUFFIXES, Job, file_identity, target_size
 from .loading import load_flux
 from .messages import UsageError, print_line
 from .options import PICTURE_SETTINGS, Options
@@ -80,6 +80,8 @@ def redo_file(job: Job, options: Options) -> str:
             f" {enlarged[0]}x{enlarged[1]} px: it was cut or resized since"
         )
     picture = read_picture(job.source)
+    if job.target.suffix.lower() not in LOSSLESS_SUFFIXES:
+        job.notes.append(f"all pixels change a little in {job.target.name}: only .png and .tif keep them as they are")
     enlarger = load_enlarger(options)
     call = partial(redo, enlarger.pipe, picture.image, options.redo, color_fix=enlarger.settings.color_fix)
     picture.image = enlarger.retry(call, photo, size, "pil")

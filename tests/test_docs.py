@@ -26,6 +26,8 @@ OTHER_OPTIONS = {
     "--mirror",
 }
 OPTION = r"(?<![\w-])--[a-zA-Z][\w-]*"
+# What takes the arguments of a call and some of its own, and the module that has it.
+WRAPPERS = {"upscale_with_diagnosis": "diagnostics", "preview": "preview", "redo": "redo"}
 PROGRAMS = [path.stem for path in (ROOT / "scripts").glob("*.py")]
 
 
@@ -112,9 +114,9 @@ def check_arguments(call: ast.Call) -> None:
     name = ast.unparse(call.func)
     given = {keyword.arg for keyword in call.keywords if keyword.arg is not None}
     allowed = set(inspect.signature(FluxDinoTilePipeline.__call__).parameters)
-    if name == "upscale_with_diagnosis":
-        diagnostics = importlib.import_module("flux_dino_tile.diagnostics")
-        allowed |= set(inspect.signature(diagnostics.upscale_with_diagnosis).parameters)
+    if name in WRAPPERS:
+        wrapper = getattr(importlib.import_module(f"flux_dino_tile.{WRAPPERS[name]}"), name)
+        allowed |= set(inspect.signature(wrapper).parameters)
     elif name.startswith("pipe."):
         method = getattr(FluxDinoTilePipeline, name.removeprefix("pipe."), None)
         if method is None:  # a component's

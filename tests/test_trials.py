@@ -230,6 +230,14 @@ def test_the_file_keeps_what_belongs_to_it(folder, model, suffix, expected):
     assert not np.array_equal(np.asarray(again)[20:32, 30:46], np.asarray(before)[20:32, 30:46])
 
 
+def test_a_format_that_changes_all_pixels_is_said(result, model, capsys):
+    command = ["--redo", "30,20,16,12", result, "--model", model, "--device", "cpu", "--seed", "1"]
+    assert run(*command, "-o", "out.jpg") == 0
+    assert "all pixels change a little in out.jpg: only .png and .tif keep them as they are" in capsys.readouterr().out
+    assert run(*command, "-o", "out.png") == 0
+    assert "change a little" not in capsys.readouterr().out
+
+
 def test_the_photo_may_lie_elsewhere(result, model, folder, capsys):
     (folder / "photos").mkdir()
     (folder / "photo.png").rename(folder / "photos" / "moved.png")
@@ -311,6 +319,15 @@ def test_the_sides_of_a_compiled_runs_tiles_are_taken_up(result, model):
     assert run(*command, "a.png") == 0 and run(*command, result) == 0
     assert record_of("a_redo.png")["redone"] == [{"region": list(REGION), "seed": 1}]
     assert Image.open("a_redo.png").tobytes() != Image.open("photo_x2_flux_redo.png").tobytes()
+
+
+# ---- The guide ----------------------------------------------------------------------------------------------------
+
+
+def test_the_examples_of_the_guide(folder, pipe):
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "preview.md").read_text(), re.DOTALL):
+        exec(block, {"pipe": pipe, "small": photo()})
+    assert Image.open("sheet.png").width > 4 * 192 and Image.open("again.png").size == (192, 160)
 
 
 # ---- With the small checkpoint -------------------------------------------------------------------------------------
