@@ -53,12 +53,14 @@ def read_record(path: Path) -> dict[str, Any]:
     name, _, settings = software.partition(" ")
     try:
         record = json.loads(settings.partition(" ")[2]) if name == PROGRAM else None
-    except ValueError:
+    except (ValueError, RecursionError):
         record = None
     if not isinstance(record, dict):
         raise UsageError(
             f"--redo {path}: does not say how it was made, as pictures of this program do while their EXIF is kept"
         )
+    if not isinstance(record.get("redone", []), list):
+        raise UsageError(f"--redo {path}: does not say in a list which regions were painted again")
     if record.get("method") != "flux":
         raise UsageError(f"--redo {path}: was not enlarged with FLUX")
     photo = record.get("photo")

@@ -280,6 +280,7 @@ def test_a_region_that_is_not_in_the_picture(result, model, capsys, monkeypatch,
     ("change", "message"),
     [
         (None, "--redo a.png: does not say how it was made, as pictures of this program do while their EXIF is kept"),
+        ({"redone": 1}, "--redo a.png: does not say in a list which regions were painted again"),
         ({"method": "bicubic"}, "--redo a.png: was not enlarged with FLUX"),
         ({"photo": None}, "--redo a.png: does not name its photo, as pictures of an older version: make it again"),
         ({"photo": {"name": 1, "digest": ""}}, "--redo a.png: does not name its photo"),
