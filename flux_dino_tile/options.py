@@ -29,7 +29,7 @@ from .embedded import EMBEDDED, locate_model
 from .image_files import READ_SUFFIXES, limiting_pixels
 from .messages import COMMAND, Parser, UsageError, nonempty, number, several, whole_pixels
 from .records import read_record
-from .regions import region_file
+from .regions import check_region_list, region_file
 
 
 # `--memory`: one recipe for cards of so many GiB, group offloading with so many tiles at once to hide its traffic. It
@@ -428,7 +428,13 @@ def take_up_settings(parser: Parser, given: dict[str, Any], argv: list[str]) -> 
         raise UsageError(f"--redo {path}: has a setting that cannot be: {error}") from None
     if given.get("scale", own["scale"]) != own["scale"]:
         raise UsageError(f"--scale {given['scale']:g}: {path} was enlarged {own['scale']:g} times: leave it out")
-    # Not an option's form: the two sides of a tile, which a compiled run notes.
+    # Not an option's form: what a file says of regions, for which a prompt that is given stands in,
+    if "region_prompts" in record and "prompt" not in given:
+        try:
+            own["region_prompts"] = check_region_list(record["region_prompts"])
+        except ValueError as error:
+            raise UsageError(f"--redo {path}: has regions that cannot be: {error}") from None
+    # and the two sides of a tile, which a compiled run notes.
     if isinstance(record.get("tile_size"), list):
         own["tile_size"] = tuple(record["tile_size"])
     return {**own, **given, "record": record}

@@ -32,13 +32,21 @@ def region_file(path: str) -> list[dict[str, Any]]:
         regions = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"{path}: {first_line(error)}") from error
+    try:
+        return check_region_list(regions)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{path}: {error}") from error
+
+
+def check_region_list(regions: Any) -> list[dict[str, Any]]:
+    """What a file or a picture's record has as regions; raises a `ValueError` that says what is wrong."""
     is_list = isinstance(regions, list) and len(regions) > 0
     wrong = [entry for entry in regions if not is_region(entry)] if is_list else [regions]
     if wrong:
-        raise argparse.ArgumentTypeError(f"{path}: must be a list of entries like {EXAMPLE}, not {wrong[0]!r:.200}")
+        raise ValueError(f"must be a list of entries like {EXAMPLE}, not {wrong[0]!r:.200}")
     length = len(json.dumps(regions))
     if length > MAX_CHARACTERS:
-        raise argparse.ArgumentTypeError(f"{path}: must have at most {MAX_CHARACTERS} characters, not {length}")
+        raise ValueError(f"must have at most {MAX_CHARACTERS} characters, not {length}")
     return regions
 
 

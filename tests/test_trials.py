@@ -44,6 +44,7 @@ def model(tmp_path_factory):
 def pipe(model):
     pipe = FluxDinoTilePipeline.from_pretrained(model)
     pipe.load_dino_projector(model)
+    pipe.vae.to(memory_format=torch.channels_last)  # as the command line on the CPU, to the bit
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -312,6 +313,25 @@ def test_another_scale_is_refused(result, model, capsys, monkeypatch):
     forbid_loading(monkeypatch)
     error = failure(capsys, 2, "--redo", "1,1,1,1", "photo_x2_flux.png", "--model", model, "--scale", "4")
     assert error == "--scale 4: photo_x2_flux.png was enlarged 2 times: leave it out"
+
+
+def test_the_picture_s_regions_hold_for_a_region_again_unless_a_prompt_is_given(folder, model):
+    """Its tile is the left half, which the first box is."""
+    regions = [{"prompt": "a dog", "box": [0, 0, 0.5, 1]}, {"prompt": "sky", "box": [0.5, 0, 1, 1]}]
+    (folder / "regions.json").write_text(json.dumps(regions))
+    command = ["--use-flux", "--model", model, *SETTINGS, "--region-prompts", "regions.json"]
+    assert run("photo.png", *command) == 0
+    for more in ((), ("--prompt", "a dog"), ("--prompt", "sky")):
+        assert run("photo_x2_flux.png", "--redo", "0,0,8,8", "--model", model, "--seed", 1, *more) == 0
+    again, dog, sky = (Image.open(f"photo_x2_flux_redo{name}.png") for name in ("", "_2", "_3"))
+    assert again.tobytes() == dog.tobytes() != sky.tobytes()
+
+
+def test_regions_that_no_file_could_have_are_said(result, model, capsys, monkeypatch):
+    write_record(result, "other.png", {**record_of(result), "region_prompts": [{"box": [0, 0, 1, 1]}]})
+    forbid_loading(monkeypatch)
+    message = failure(capsys, 2, "other.png", "--redo", "0,0,8,8", "--model", model)
+    assert "other.png: has regions that cannot be: must be a list of entries like" in message
 
 
 def test_the_sides_of_a_compiled_runs_tiles_are_taken_up(result, model):
