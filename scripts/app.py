@@ -28,12 +28,12 @@ from PIL import Image, ImageDraw
 
 from flux_dino_tile.diagnostics import upscale_with_diagnosis
 from flux_dino_tile.flux_enlarger import EXPECTED_ERRORS, FluxEnlarger
-from flux_dino_tile.image_files import Picture, grey_integers, read_picture, upright_size, write_picture
+from flux_dino_tile.image_files import read_for_flux, upright_size, write_picture
 from flux_dino_tile.jobs import register_heif, target_size
 from flux_dino_tile.loading import load_flux
 from flux_dino_tile.messages import Parser, UsageError, first_line, number, run_script
 from flux_dino_tile.options import Settings, add_flux_options, make_options
-from flux_dino_tile.records import software_text
+from flux_dino_tile.records import describe_photo, software_text
 
 
 PAGE_OPTIONS = ("host", "port", "max_upload", "max_megapixels")
@@ -160,14 +160,14 @@ class Page:
             return None, ""
         width, height = check_size(path, scale, self.max_megapixels)
         plan = self.pipe.plan_tiles(height, width, self.settings.tile_size, self.settings.tile_overlap)
-        return draw_tiles(read_upload(path).image, plan, []), describe_plan(plan)
+        return draw_tiles(read_for_flux(Path(path)).image, plan, []), describe_plan(plan)
 
     def enlarge(self, path: str, scale: float, strength: float, sigma: float, seed: float, prompt: str, folder: Path):
         """Before and after, the tiles, a sentence about them, and the file with the enlarged photo."""
         for value, name in ((strength, "DINO strength"), (sigma, "noise at the start"), (seed, "seed")):
             check_filled_in(value, name)
         size = check_size(path, scale, self.max_megapixels)
-        picture = read_upload(path)
+        picture = read_for_flux(Path(path))
         image = picture.image
         settings = replace(
             self.settings,
@@ -179,20 +179,14 @@ class Page:
         enlarger = FluxEnlarger(self.pipe, settings)
         output = enlarger.retry(partial(upscale_with_diagnosis, self.pipe), image, size, "pil")
         picture.image = enlarger.like_source(output.images[0], image)
+        description = {**enlarger.description, "photo": describe_photo(Path(path), image)}
         target = folder / f"{Path(path).stem}_x{scale:g}_flux.png"
-        write_picture(picture, target, software_text(scale, enlarger.description))
+        write_picture(picture, target, software_text(scale, description))
         view = for_view(picture.image)
         before = image.resize(view.size, Image.Resampling.BICUBIC)
         tiles = draw_tiles(picture.image, output.tile_plan, output.suspects[0])
         text = f"{describe_plan(output.tile_plan)}. {describe_suspects(output)}"
         return (before, view), tiles, text, str(target)
-
-
-def read_upload(path: str) -> Picture:
-    picture = read_picture(Path(path))
-    if picture.image.mode == "F":
-        picture.image = grey_integers(picture.image, 255)
-    return picture
 
 
 def build_app(page: Page):

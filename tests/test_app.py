@@ -15,6 +15,7 @@ from huggingface_hub import SpaceCard
 from packaging.version import Version
 from PIL import Image, ImageChops
 
+from flux_dino_tile.records import check_photo, find_photo, read_record
 from tiny_models import ROOT, save_tiny_pipeline
 
 
@@ -69,7 +70,12 @@ def test_enlarge(page, folder, tmp_path):
     assert Path(path).name == "photo_x2_flux.png"
     assert before.size == after.size == tiles.size == result.size == (96, 128)
     assert ImageChops.difference(after, result.convert("RGB")).getbbox() is None
-    assert '"dino_strength": 0.6' in result.getexif()[305]
+    record = read_record(Path(path))
+    assert record["dino_strength"] == 0.6
+    # What `upscale.py --redo` looks for.
+    shutil.copy(folder / "photo.jpg", tmp_path)
+    photo = find_photo(Path(path), record, None)
+    check_photo(record, photo, Image.open(photo))
     assert text.startswith("96 x 128 px in 6 tiles") and "similarity to the photo is" in text
     again = page.enlarge(str(folder / "photo.jpg"), 2, 0.0, 0.35, 0, "", tmp_path)[0][1]
     assert ImageChops.difference(after, again).getbbox(), "the DINO strength does nothing"
