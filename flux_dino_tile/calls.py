@@ -127,6 +127,11 @@ class TilePrompts(dict):
         return self[box]
 
 
+def find_tile_prompts(pipe: FluxDinoTilePipeline, call: dict[str, Any]) -> Any:
+    """What [`~FluxDinoTilePipeline.check_tile_prompts`] says of a completed call."""
+    return pipe.check_tile_prompts(*(call[name] for name in ("prompt", "prompt_2", "image", "height", "width")))
+
+
 @torch.no_grad()
 def settle_prompt(pipe: FluxDinoTilePipeline, arguments: dict[str, Any]) -> dict[str, Any]:
     """
@@ -137,7 +142,7 @@ def settle_prompt(pipe: FluxDinoTilePipeline, arguments: dict[str, Any]) -> dict
         return arguments
     call, plan = complete_call(pipe, arguments)
     size = call["height"], call["width"]
-    prompt: Any = pipe.check_tile_prompts(call["prompt"], call["prompt_2"], call["image"], *size)
+    prompt = find_tile_prompts(pipe, call)
     said = TilePrompts()
 
     def ask(image: PIL.Image.Image, box: tuple[int, int, int, int]) -> str:
@@ -155,7 +160,7 @@ def check_part(pipe: FluxDinoTilePipeline, call: dict[str, Any], refused: Sequen
     """
     check("image", call["image"], not pipe.is_latents(call["image"]), "pixels, not latents")
     check("image", len(call["image"]), len(call["image"]) == 1, "one picture")
-    regions = pipe.check_tile_prompts(*(call[name] for name in ("prompt", "prompt_2", "image", "height", "width")))
+    regions = find_tile_prompts(pipe, call)
     for name in ("prompt", "prompt_embeds"):
         count = len(call[name]) if isinstance(call[name], (list, torch.Tensor)) and regions is None else 1
         check(name, count, count == 1, "one for the picture")
@@ -167,7 +172,7 @@ def check_part(pipe: FluxDinoTilePipeline, call: dict[str, Any], refused: Sequen
 
 def part_prompt(pipe: FluxDinoTilePipeline, call: dict[str, Any], part: Tile) -> Any:
     """The prompt of a call for a part of its picture: boxes, and those that a function gets, are moved to there."""
-    prompt: Any = pipe.check_tile_prompts(*(call[name] for name in ("prompt", "prompt_2", "image", "height", "width")))
+    prompt = find_tile_prompts(pipe, call)
     if prompt is None:
         return call["prompt"]
     left, top, size = part.left, part.top, (part.width, part.height)

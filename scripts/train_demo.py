@@ -46,16 +46,9 @@ def build_parser() -> Parser:
     add("--work", type=nonempty, required=True, metavar="DIR", help="checkpoints and results of the stages")
     add("--seconds", type=number(float, 0), metavar="N", help="train for so long at most")
     add("--steps", type=number(int, 1), metavar="N", help="train until this step at most, counted from the first call")
-    add("--cool-down", action="store_true", help="let the learning rate fall to 0 in the last third of the call")
+    add("--cool-down", action="store_true", help="let the learning rate fall to 0 over the last 30 %% of the call")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, metavar="N", help="(default: 0)")
     add("--size", choices=["demo", "tiny"], default="demo", help="tiny: for tests and trials (default: demo)")
-    add(
-        "--token-grid",
-        type=number(int, 1),
-        default=34,
-        metavar="N",
-        help="N x N tokens of the projector at most (default: 34)",
-    )
     add("--workers", type=number(int, 0), metavar="N", help="that load photos for the projector (default: by machine)")
     add(
         "--side",

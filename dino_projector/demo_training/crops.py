@@ -168,7 +168,7 @@ class CropPairs(NamedTuple):
 
     def take(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Sharp and degraded crops in [-1, 1]."""
-        return self.sharp[indices].float() / 127.5 - 1, self.degraded[indices].float() / 127.5 - 1
+        return crops_from_bytes(self.sharp[indices]), crops_from_bytes(self.degraded[indices])
 
 
 def draw_pairs(photos: Sequence[Sequence[torch.Tensor]], count: int, side: int, rng: np.random.Generator) -> CropPairs:
@@ -183,6 +183,11 @@ def draw_pairs(photos: Sequence[Sequence[torch.Tensor]], count: int, side: int, 
 
 def draw_indices(count: int, total: int, rng: np.random.Generator, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(rng.integers(total, size=count)).to(device)
+
+
+def crops_from_bytes(crops: torch.Tensor) -> torch.Tensor:
+    """In [-1, 1]."""
+    return crops.float() / 127.5 - 1
 
 
 def crops_to_bytes(images: torch.Tensor) -> torch.Tensor:

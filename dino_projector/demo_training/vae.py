@@ -34,7 +34,15 @@ from diffusers import AutoencoderKL
 from ..metrics import gradient_energy, psnr
 from ..training.losses import reconstruction_loss
 from ..training.samples import sample_rng
-from .crops import GROUP, center_crop, crops_to_bytes, device_generator, draw_crops, draw_indices
+from .crops import (
+    GROUP,
+    center_crop,
+    crops_from_bytes,
+    crops_to_bytes,
+    device_generator,
+    draw_crops,
+    draw_indices,
+)
 from .sizes import Sizes, make_vae
 from .stages import (
     MAX_SHARD_SIZE,
@@ -118,7 +126,7 @@ class VaeStage(Stage):
 
     def draw_images(self, count: int, rng: np.random.Generator) -> torch.Tensor:
         crops = self.crops_of(self.sizes.crop // 2)
-        return crops[draw_indices(count, len(crops), rng, self.device)].float() / 127.5 - 1
+        return crops_from_bytes(crops[draw_indices(count, len(crops), rng, self.device)])
 
     def prepare_crops(self, side: int, count: int, rng: np.random.Generator) -> torch.Tensor:
         groups = [draw_crops(self.photos, GROUP, side, rng) for _ in range(-(-count // GROUP))]
